@@ -1,0 +1,40 @@
+"""Options that several commands share, so that they read and behave the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints, only the result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same inputs and same seed give the same bytes.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+Device = Annotated[str, typer.Option("--device", help="Compute on auto, cpu, cuda or mps.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples at a time.")]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder that holds the files of a named data set.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="digits | fashion-mnist | idx:DIR | npz:FILE | folder:DIR | package.module:factory | file.py:factory, "
+        "with @train or @test and optionally [first:last].",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="vgg11, vgg13, vgg16, resnet18, resnet20, resnet32, resnet56 | torchvision:NAME | timm:NAME | "
+        "transformers:DIR_OR_CONFIG | package.module:factory | path/to/file.py:factory.",
+    ),
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="Keyword argument of the model, k=v; may be repeated.")
+]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="Shape of one sample, e.g. 3x32x32; recorded in our checkpoints.")
+]

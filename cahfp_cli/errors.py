@@ -1,0 +1,31 @@
+"""Errors that a user can act on. Each class carries the exit code that scripts see."""
+
+
+class CahfpError(Exception):
+    """What is wrong, in which file, and what to do, in one or two lines."""
+
+    exit_code = 3
+
+
+class UsageError(CahfpError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class InputError(CahfpError):
+    """A file or the data in it is not what it must be: format, schema, digest, shape, non-finite numbers."""
+
+    exit_code = 3
+
+
+class BudgetError(CahfpError):
+    """No submodel of this network fits the budget."""
+
+    exit_code = 4
+
+
+class VerificationError(CahfpError):
+    """A result did not pass its own check (ONNX parity, index-map round trip), so it was not kept."""
+
+    exit_code = 5

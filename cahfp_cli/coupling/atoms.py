@@ -1,0 +1,78 @@
+"""Atoms: one integer for every index of every axis; what must live or die together is tied.
+
+Invariants:
+- Atom 0 is *pinned*: whatever is tied to it, directly or through others, is never pruned.
+- Ties are only recorded while tracing and solved once, by connected components.
+- A reason is kept for every pin and for every remark, so that a report can say why.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+"""One atom for each index of one axis, shape (axis length,)."""
+
+PINNED = 0
+
+
+def fixed(length: int) -> Labels:
+    """An axis whose length never changes (batch, space, time, classes): every index pinned."""
+    return np.zeros(length, dtype=np.int64)
+
+
+def varies(labels: Labels) -> bool:
+    """Whether an axis can still lose indices."""
+    return bool(labels.any())
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A statement about some atoms: why they are pinned, or why masking is not the same as removing them."""
+
+    atoms: Labels
+    reason: str
+
+
+@dataclass
+class Atoms:
+    """Hands out atoms and records ties; see the module's invariants."""
+
+    count: int = 1
+    pairs: list[tuple[Labels, Labels]] = field(default_factory=list)
+    pins: list[Remark] = field(default_factory=list)
+    not_mask_equivalent: list[Remark] = field(default_factory=list)
+
+    def fresh(self, length: int) -> Labels:
+        """New atoms, tied to nothing yet."""
+        first = self.count
+        self.count += length
+        return np.arange(first, self.count, dtype=np.int64)
+
+    def tie(self, a: Labels, b: Labels) -> None:
+        """Index i of `a` and index i of `b` are kept or removed together; shapes are equal or `b` has one atom."""
+        if a is not b:
+            self.pairs.append((a, np.broadcast_to(b, a.shape)))
+
+    def pin(self, labels: Labels, reason: str) -> None:
+        """Never prune these, and remember why."""
+        if varies(labels):
+            self.pins.append(Remark(labels, reason))
+            self.tie(labels.reshape(-1), fixed(1))
+
+    def remark(self, labels: Labels, reason: str) -> None:
+        """Pruning these is allowed but differs from setting them to zero, and why."""
+        if varies(labels):
+            self.not_mask_equivalent.append(Remark(labels, reason))
+
+    def solve(self) -> Labels:
+        """The component of every atom, shape (count,); component `solve()[0]` is the pinned one."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        left = np.concatenate([np.zeros(1, np.int64), *(a for a, _ in self.pairs)])
+        right = np.concatenate([np.zeros(1, np.int64), *(b for _, b in self.pairs)])
+        graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
+        _, component = connected_components(graph, directed=False)
+        return np.asarray(component, dtype=np.int64)

@@ -1,0 +1,145 @@
+"""Channel groups: what the solved atoms say about each axis of each tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cahfp_cli.coupling.atoms import Atoms, Labels
+from cahfp_cli.coupling.registry import Axes
+
+KEPT = -1
+"""Label of an index that belongs to no group: pinned, or never touched by anything prunable."""
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """Every channel group of a network.
+
+    labels: for each tensor of the state dict, per axis an int64 array (axis length,) with the group of each index,
+        or KEPT.
+    family: int64 (groups,): groups of one family cover the same axes of the same tensors and are interchangeable,
+        as the channels of one layer are; families are what has a width.
+    names: one name a family, that of the first tensor it covers.
+    consumers: (tensor, axis) pairs whose axis is contracted with the channels, by a convolution or a matrix product:
+        zeroing a group there, and nowhere else, removes it.
+    pinned: for each (tensor, axis) that cannot be pruned at all, why.
+    not_mask_equivalent: for each family that is not, why removing differs from zeroing.
+    """
+
+    labels: Mapping[str, tuple[Labels, ...]]
+    family: Labels
+    names: tuple[str, ...]
+    consumers: tuple[tuple[str, int], ...]
+    pinned: Mapping[tuple[str, int], str]
+    not_mask_equivalent: Mapping[int, str]
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return len(self.family)
+
+    def widths(self, kept: NDArray[np.bool_]) -> Labels:
+        """Number of kept groups a family, int64 (families,), of a boolean mask (groups,)."""
+        return np.bincount(self.family[kept], minlength=len(self.names)).astype(np.int64)
+
+    def indices(self, kept: NDArray[np.bool_]) -> dict[str, tuple[NDArray[np.int32] | None, ...]]:
+        """Surviving indices of every axis of every tensor, increasing; None where the whole axis survives."""
+        alive = np.append(kept, True)  # label -1 picks the last entry: what belongs to no group survives
+
+        def axis_indices(labels: Labels) -> NDArray[np.int32] | None:
+            survives = alive[labels]
+            return None if survives.all() else np.flatnonzero(survives).astype(np.int32)
+
+        return {name: tuple(axis_indices(labels) for labels in axes) for name, axes in self.labels.items()}
+
+    def sizes(self) -> Labels:
+        """Elements that go when a group alone is removed, int64 (groups,)."""
+        sizes = np.zeros(self.count, dtype=np.int64)
+        for axes in self.labels.values():
+            total = int(np.prod([len(a) for a in axes], dtype=np.int64)) if axes else 0
+            for labels in axes:
+                members = labels[labels >= 0]
+                if len(members):
+                    np.add.at(sizes, members, total // len(labels))
+        return sizes
+
+
+def solve(
+    atoms: Atoms, tensors: Mapping[str, Axes], consumers: Mapping[tuple[str, int], None]
+) -> tuple[ChannelGroups, Labels]:
+    """Turn ties into groups.
+
+    Args:
+        atoms: with all ties, pins and remarks of the traces.
+        tensors: labels of the tensors that can be pruned, by state-dict name, in the order that numbers the groups.
+        consumers: (tensor, axis) pairs that contract channels.
+    Returns:
+        The groups, and for each atom its group or KEPT, int64 (atoms,), for labels of anything else in the traces.
+    """
+    component = atoms.solve()
+    touched = [labels for axes in tensors.values() for labels in axes]
+    everything = component[np.concatenate(touched)] if touched else np.zeros(0, np.int64)
+    order = everything[np.sort(np.unique(everything, return_index=True)[1])]
+    order = order[order != component[0]]
+    group_of_component = np.full(component.max() + 1, KEPT, dtype=np.int64)
+    group_of_component[order] = np.arange(len(order))
+    group_of_atom = group_of_component[component]
+
+    labels = {name: tuple(group_of_atom[a] for a in axes) for name, axes in tensors.items()}
+    family, names = families(labels, len(order))
+    return (
+        ChannelGroups(
+            labels=labels,
+            family=family,
+            names=names,
+            consumers=tuple(key for key in consumers if key[0] in tensors),
+            pinned=why_pinned(atoms, component, tensors, labels),
+            not_mask_equivalent=remarks(atoms, group_of_atom, family),
+        ),
+        group_of_atom,
+    )
+
+
+def families(labels: Mapping[str, tuple[Labels, ...]], groups: int) -> tuple[Labels, tuple[str, ...]]:
+    """Number the families in order of first appearance, and name each after the first tensor it covers."""
+    signatures: list[list[tuple[int, int, int]]] = [[] for _ in range(groups)]
+    tensor_names = list(labels)
+    for i, axes in enumerate(labels.values()):
+        for axis, axis_labels in enumerate(axes):
+            members, counts = np.unique(axis_labels[axis_labels >= 0], return_counts=True)
+            for group, count in zip(members.tolist(), counts.tolist(), strict=True):
+                signatures[group].append((i, axis, count))
+    numbers: dict[tuple[tuple[int, int, int], ...], int] = {}
+    family = np.array([numbers.setdefault(tuple(s), len(numbers)) for s in signatures], dtype=np.int64)
+    names = tuple(tensor_names[signature[0][0]] for signature in numbers)
+    return family, names
+
+
+def why_pinned(
+    atoms: Atoms, component: Labels, tensors: Mapping[str, Axes], labels: Mapping[str, tuple[Labels, ...]]
+) -> dict[tuple[str, int], str]:
+    """For each axis of length above 1 without any group: the first pin that touches it, directly or through ties."""
+    del component  # what is pinned is one component; the reason is that of the nearest pin that names the axis' atoms
+    reasons: dict[int, str] = {}
+    for pin in atoms.pins:
+        for atom in np.unique(pin.atoms).tolist():
+            reasons.setdefault(atom, pin.reason)
+    found = {}
+    for name, axes in labels.items():
+        for axis, axis_labels in enumerate(axes):
+            if len(axis_labels) > 1 and (axis_labels == KEPT).all():
+                own = (reasons.get(atom) for atom in tensors[name][axis].tolist())
+                found[name, axis] = next((reason for reason in own if reason), "tied to something that is pinned")
+    return found
+
+
+def remarks(atoms: Atoms, group_of_atom: Labels, family: Labels) -> dict[int, str]:
+    """For each family whose removal is not the same as zeroing: the first reason."""
+    found: dict[int, str] = {}
+    for remark in atoms.not_mask_equivalent:
+        groups = group_of_atom[remark.atoms]
+        for number in np.unique(family[groups[groups >= 0]]).tolist():
+            found.setdefault(number, remark.reason)
+    return found

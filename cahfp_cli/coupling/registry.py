@@ -1,0 +1,81 @@
+"""The open registry of operator rules.
+
+A rule is called after the operator ran, with the trace, the call and the operator's output, and returns the labels of
+the output's axes: `tuple[Labels, ...]` for one tensor, a list of them (None for what is not a tensor) for several.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cahfp_cli.coupling.atoms import Atoms, Labels, fixed
+
+Axes = tuple[Labels, ...]
+Result = Axes | list[Axes | None]
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A tensor that is a parameter seen through transposition: `dims[i]` is the parameter's axis behind axis i."""
+
+    name: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call: its arguments bound by the schema's names, with defaults filled in, and its output."""
+
+    op: torch._ops.OpOverload
+    arguments: dict[str, Any]
+    output: Any
+    axes_of: Callable[[torch.Tensor], Axes]
+    parameter_of: Callable[[torch.Tensor], ParameterView | None]
+
+    def axes(self, name: str) -> Axes:
+        """Labels of the tensor argument `name`."""
+        return self.axes_of(self.arguments[name])
+
+    def optional_axes(self, name: str) -> Axes | None:
+        """Labels of an argument that may be absent or None."""
+        value = self.arguments.get(name)
+        return self.axes_of(value) if isinstance(value, torch.Tensor) else None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+
+@dataclass
+class Couplings:
+    """What rules write to: the atoms, which parameters contract a channel axis, and how splits were resolved."""
+
+    atoms: Atoms
+    consumers: dict[tuple[str, int], None] = field(default_factory=dict)
+    split_choice: dict[tuple[int, ...], int] = field(default_factory=dict)
+    splits: list[tuple[tuple[int, ...], Labels, Labels]] = field(default_factory=list)
+
+
+Rule = Callable[[Couplings, Call], Result]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators by name without overload (`convolution`, `add_`)."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            if operator in RULES:
+                raise ValueError(f"operator {operator} has two rules")
+            RULES[operator] = function
+        return function
+
+    return register
+
+
+def fixed_like(output: Any) -> Result:
+    """Every axis of every output tensor fixed: what an unknown operator gives."""
+    if isinstance(output, torch.Tensor):
+        return tuple(fixed(n) for n in output.shape)
+    return [tuple(fixed(n) for n in o.shape) if isinstance(o, torch.Tensor) else None for o in output]

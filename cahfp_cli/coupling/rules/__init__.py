@@ -1,0 +1,25 @@
+"""One file for each family of operators; importing this package fills the registry."""
+
+from cahfp_cli.coupling.rules import (
+    convolution,
+    creation,
+    indexing,
+    matmul,
+    normalisation,
+    pointwise,
+    pooling,
+    reduction,
+    reshape,
+)
+
+__all__ = [
+    "convolution",
+    "creation",
+    "indexing",
+    "matmul",
+    "normalisation",
+    "pointwise",
+    "pooling",
+    "reduction",
+    "reshape",
+]

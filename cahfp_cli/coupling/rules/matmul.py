@@ -1,0 +1,30 @@
+"""Matrix products: contracted axes are tied, outer axes carried."""
+
+from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
+from cahfp_cli.coupling.rules.pointwise import broadcast
+
+
+def contract(couplings: Couplings, call: Call, left: str, right: str) -> Axes:
+    """(..., n, k) @ (..., k, m): ties k with k and batch with batch; notes which parameter contracts."""
+    a, b = call.axes(left), call.axes(right)
+    couplings.atoms.tie(a[-1], b[-2])
+    for batch_a, batch_b in zip(a[:-2], b[:-2], strict=True):
+        couplings.atoms.tie(batch_a, batch_b)
+    parameter = call.parameter_of(call[right])
+    if parameter is not None:
+        couplings.consumers[parameter.name, parameter.dims[-2]] = None
+    return (*a[:-1], b[-1])
+
+
+@rule("mm", "bmm")
+def product(couplings: Couplings, call: Call) -> Axes:
+    """Matrix product of two matrices, or of two batches of them."""
+    return contract(couplings, call, "self", "mat2")
+
+
+@rule("addmm", "baddbmm")
+def product_plus_bias(couplings: Couplings, call: Call) -> Axes:
+    """As a product, with a bias that is added by broadcasting."""
+    matrices = ("mat1", "mat2") if "mat1" in call.arguments else ("batch1", "batch2")
+    out = contract(couplings, call, *matrices)
+    return broadcast(couplings.atoms, [out, call.axes("self")], tuple(call.output.shape))

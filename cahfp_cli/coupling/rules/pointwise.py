@@ -1,0 +1,58 @@
+"""Elementwise operators of any number of tensors: unite, element by element, what broadcasting lines up."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cahfp_cli.coupling.atoms import Atoms, fixed
+from cahfp_cli.coupling.registry import Axes, Call, Couplings, Result, rule
+
+UNTAGGED = frozenset(
+    {"hardswish", "hardswish_", "relu6", "copy", "copy_", "_to_copy", "clone", "detach", "detach_", "alias", "lift"}
+    | {"lift_fresh", "lift_fresh_copy", "native_dropout", "bernoulli", "bernoulli_", "fill_", "zero_", "contiguous"}
+    | {"masked_fill", "masked_fill_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+    | {"dropout", "dropout_", "uniform_", "normal_", "log_sigmoid_forward", "silu", "gelu", "mish", "glu_jvp"}
+)
+"""Elementwise operators that lack torch's `pointwise` tag in some release we support."""
+
+
+def is_pointwise(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator works element by element."""
+    return torch.Tag.pointwise in op.tags or op.overloadpacket.__name__ in UNTAGGED
+
+
+def broadcast(atoms: Atoms, operands: Sequence[Axes], shape: tuple[int, ...]) -> Axes:
+    """Unite the operands' axes as broadcasting lines them up, from the right; returns the result's axes."""
+    result = []
+    for back in range(len(shape), 0, -1):
+        length = shape[-back]
+        united = None
+        for axes in operands:
+            if len(axes) < back:
+                continue
+            labels = axes[-back]
+            if len(labels) != length:
+                atoms.pin(labels, "an axis of length 1 that is broadcast")
+            elif united is None:
+                united = labels
+            else:
+                atoms.tie(united, labels)
+        result.append(fixed(length) if united is None else united)
+    return tuple(result)
+
+
+def pointwise(couplings: Couplings, call: Call) -> Result:
+    """Any elementwise operator; every output has the shape that the operands broadcast to."""
+    tensors = [value for value in call.arguments.values() if isinstance(value, torch.Tensor)]
+    outputs = [call.output] if isinstance(call.output, torch.Tensor) else list(call.output)
+    shape = tuple(outputs[0].shape)
+    axes = broadcast(couplings.atoms, [call.axes_of(t) for t in tensors], shape)
+    return axes if isinstance(call.output, torch.Tensor) else [axes for _ in outputs]
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum")
+def along_one_axis(couplings: Couplings, call: Call) -> Axes:
+    """Elementwise but for one axis along which everything mixes: that axis cannot lose entries."""
+    axes = call.axes("self")
+    couplings.atoms.pin(axes[call["dim"]], f"{call.op.overloadpacket.__name__} along the axis")
+    return axes

@@ -1,0 +1,26 @@
+"""Reductions: a reduced axis mixes its entries, so it is pinned unless its length was fixed already."""
+
+import torch
+
+from cahfp_cli.coupling.atoms import fixed
+from cahfp_cli.coupling.registry import Axes, Call, Couplings, Result, rule
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "prod", "linalg_vector_norm", "logsumexp", "any", "all")
+@rule("max", "min", "argmax", "argmin")
+def reduce(couplings: Couplings, call: Call) -> Result:
+    """Carries the axes that are not reduced."""
+    name = call.op.overloadpacket.__name__
+    x = call.axes("self")
+    if isinstance(call.arguments.get("other"), torch.Tensor):  # max(a, b) is elementwise
+        from cahfp_cli.coupling.rules.pointwise import pointwise
+
+        return pointwise(couplings, call)
+    dims = call.arguments.get("dim")
+    every = dims is None or dims == []
+    reduced = set(range(len(x))) if every else {d % len(x) for d in ([dims] if isinstance(dims, int) else dims)}
+    for axis in reduced:
+        couplings.atoms.pin(x[axis], f"{name} over the axis")
+    keep = call.arguments.get("keepdim", False)
+    axes: Axes = tuple(fixed(1) if i in reduced else labels for i, labels in enumerate(x) if keep or i not in reduced)
+    return axes if isinstance(call.output, torch.Tensor) else [axes for _ in call.output]

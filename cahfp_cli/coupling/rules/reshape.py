@@ -1,0 +1,122 @@
+"""Views: permuting, adding and dropping axes of length 1, regrouping by exact block factorisation."""
+
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+
+from cahfp_cli.coupling.atoms import Labels, fixed, varies
+from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
+
+
+@rule("permute")
+def permute(couplings: Couplings, call: Call) -> Axes:
+    """Carries labels to their new places."""
+    x = call.axes("self")
+    return tuple(x[d] for d in call["dims"])
+
+
+@rule("t", "transpose")
+def transpose(couplings: Couplings, call: Call) -> Axes:
+    """Exchanges two axes."""
+    x = list(call.axes("self"))
+    if len(x) > 1:
+        a, b = call.arguments.get("dim0", 0), call.arguments.get("dim1", 1)
+        x[a], x[b] = x[b], x[a]
+    return tuple(x)
+
+
+@rule("unsqueeze")
+def unsqueeze(couplings: Couplings, call: Call) -> Axes:
+    """A new axis of length 1."""
+    x = call.axes("self")
+    axis = call["dim"] % (len(x) + 1)
+    return (*x[:axis], fixed(1), *x[axis:])
+
+
+@rule("squeeze")
+def squeeze(couplings: Couplings, call: Call) -> Axes:
+    """Drops axes of length 1."""
+    x = call.axes("self")
+    dims = call.arguments.get("dim")
+    wanted = range(len(x)) if dims is None else [d % len(x) for d in ([dims] if isinstance(dims, int) else dims)]
+    dropped = {d for d in wanted if len(x[d]) == 1}
+    for d in dropped:
+        couplings.atoms.pin(x[d], "squeezed axis")
+    return tuple(labels for i, labels in enumerate(x) if i not in dropped)
+
+
+@rule("expand")
+def expand(couplings: Couplings, call: Call) -> Axes:
+    """Old axes pass; repeated ones have a length that the code chose."""
+    x, shape = call.axes("self"), call.output.shape
+    new = len(shape) - len(x)
+    for labels, n in zip(x, shape[new:], strict=True):
+        if len(labels) != n:
+            couplings.atoms.pin(labels, "an axis of length 1 that is expanded")
+    old = [labels if len(labels) == n else fixed(n) for labels, n in zip(x, shape[new:], strict=True)]
+    return (*(fixed(n) for n in shape[:new]), *old)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+def reshape(couplings: Couplings, call: Call) -> Axes:
+    """Regroups axes block by block; a block is the shortest run of axes with the same product on both sides."""
+    x, shape = call.axes("self"), tuple(call.output.shape)
+    for labels in x:
+        if len(labels) == 1:
+            couplings.atoms.pin(labels, "reshaped axis of length 1")
+    result: dict[int, Labels] = {}
+    for inputs, outputs in blocks(tuple(len(labels) for labels in x), shape):
+        merged = merge(couplings, [x[i] for i in inputs])
+        parts = divide(couplings, merged, tuple(shape[o] for o in outputs))
+        result.update(zip(outputs, parts, strict=True))
+    return tuple(result.get(i, fixed(n)) for i, n in enumerate(shape))
+
+
+def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs of runs of axes (by position, those of length 1 left out) with equal products."""
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    while left and right:
+        run_left, run_right = [left.pop(0)], [right.pop(0)]
+        while (a := prod(before[i] for i in run_left)) != (b := prod(after[i] for i in run_right)):
+            if a < b:
+                run_left.append(left.pop(0))
+            else:
+                run_right.append(right.pop(0))
+        yield run_left, run_right
+
+
+def merge(couplings: Couplings, axes: list[Labels]) -> Labels:
+    """Labels of several axes flattened into one: at most one of them may vary, the outermost that does."""
+    varying = next((i for i, labels in enumerate(axes) if varies(labels)), 0)
+    for labels in axes[varying + 1 :]:
+        couplings.atoms.pin(labels, "flattened together with an axis that varies")
+    outer, inner = prod(len(a) for a in axes[:varying]), prod(len(a) for a in axes[varying + 1 :])
+    return np.tile(np.repeat(axes[varying], inner), outer)
+
+
+def divide(couplings: Couplings, labels: Labels, shape: tuple[int, ...]) -> list[Labels]:
+    """Labels of one axis split into several: one of them goes on varying, the others keep their length.
+
+    If the labels are constant along all axes but one, that is the one, and nothing need be tied. Else one axis is
+    chosen (the outermost, or what `split_choice` says once a trace has shown that the outermost is pinned) and what
+    shares an index of it is tied, so that what survives stays rectangular.
+    """
+    if len(shape) == 1 or not varies(labels):
+        return [labels] if len(shape) == 1 else [fixed(n) for n in shape]
+    block = labels.reshape(shape)
+    for axis in range(len(shape)):
+        along = first_along(block, axis)
+        if (block == along.reshape([-1 if i == axis else 1 for i in range(len(shape))])).all():
+            return [along if i == axis else fixed(n) for i, n in enumerate(shape)]
+    axis = couplings.split_choice.setdefault(shape, 0)
+    along = first_along(block, axis)
+    couplings.atoms.tie(np.moveaxis(block, axis, -1).reshape(-1), np.tile(along, labels.size // len(along)))
+    couplings.splits.append((shape, labels, along))
+    return [along if i == axis else fixed(n) for i, n in enumerate(shape)]
+
+
+def first_along(block: Labels, axis: int) -> Labels:
+    """The labels met when walking along one axis at index 0 of all others."""
+    return np.moveaxis(block, axis, -1).reshape(-1, block.shape[axis])[0]

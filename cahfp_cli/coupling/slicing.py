@@ -1,0 +1,118 @@
+"""Cutting a module down: a deep copy of the user's own class whose tensors are slices, with its width attributes set."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cahfp_cli.coupling.rules.convolution import removes_whole_groups
+
+Indices = Mapping[str, tuple[NDArray[np.int32] | None, ...]]
+M = TypeVar("M", bound=nn.Module)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name; tied ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def copy_with(model: M, change: Callable[[str, torch.Tensor], torch.Tensor]) -> M:
+    """A deep copy in which every parameter and buffer is `change(name, tensor)`; tied tensors stay tied.
+
+    The originals are never copied, so this needs no more memory than what `change` returns.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors_of(model).items():
+        if id(tensor) in memo:
+            continue
+        new = change(name, tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = new
+    return copy.deepcopy(model, memo)
+
+
+def to_meta(model: M) -> M:
+    """A copy whose tensors have shapes and no data."""
+    return copy_with(model, lambda name, tensor: torch.empty_like(tensor, device="meta"))
+
+
+def slice_tensor(tensor: torch.Tensor, axes: tuple[NDArray[np.int32] | None, ...]) -> torch.Tensor:
+    """The surviving indices of each axis, in order, as a contiguous copy."""
+    if tensor.is_meta:
+        shape = [n if index is None else len(index) for n, index in zip(tensor.shape, axes, strict=True)]
+        return tensor.new_empty(shape)
+    for axis, index in enumerate(axes):
+        if index is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(index.astype(np.int64)).to(tensor.device))
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def slice_module(model: M, indices: Indices) -> M:
+    """The compact module: the class of `model`, its tensors cut to `indices`, its layers' width attributes set.
+
+    Args:
+        model: left as it is.
+        indices: per tensor name and axis the surviving indices, increasing; tensors not named stay whole.
+    """
+    full_groups = {name: m.groups for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
+    full_shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    compact = copy_with(model, lambda name, t: slice_tensor(t, indices[name]) if name in indices else t.clone())
+    for name, module in compact.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            full_shape = full_shapes[f"{name}.weight" if name else "weight"]
+            set_convolution(module, full_groups[name], full_shape)
+        else:
+            set_widths(module)
+    return compact
+
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def set_convolution(module: Any, groups: int, full_shape: tuple[int, ...]) -> None:
+    """Channels and number of groups that follow from the weight's new shape and its full one."""
+    own, per_group = module.weight.shape[:2]
+    if module.transposed:
+        module.in_channels, module.out_channels = own, per_group * groups
+        return
+    if removes_whole_groups(groups, full_shape[1]):
+        module.groups = own * groups // full_shape[0]
+    module.out_channels, module.in_channels = own, per_group * module.groups
+
+
+def set_widths(module: nn.Module) -> None:
+    """Width attributes of layers that compute with them or show them."""
+    match module:
+        case nn.Linear():
+            module.out_features, module.in_features = module.weight.shape
+        case nn.modules.batchnorm._BatchNorm() | nn.modules.instancenorm._InstanceNorm():
+            tensor = module.weight if module.affine else module.running_mean
+            if tensor is not None:
+                module.num_features = len(tensor)
+        case nn.LayerNorm() | nn.RMSNorm():
+            if module.weight is not None:
+                module.normalized_shape = tuple(module.weight.shape)
+        case nn.GroupNorm():
+            if module.affine:
+                per_group = module.num_channels // module.num_groups
+                module.num_channels = len(module.weight)
+                module.num_groups = module.num_channels // per_group
+        case nn.Embedding():
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        case nn.PReLU():
+            module.num_parameters = len(module.weight)

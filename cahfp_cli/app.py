@@ -71,6 +71,6 @@ def explain(error: Exception) -> str:
         return f"{error.filename or 'input/output'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory: use a smaller batch (--batch-size) or a machine with more memory"
-    return f"internal error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ") + (
-        "\nThis is a defect in cahfp: please report it with the output of the same command under CAHFP_DEBUG=1."
-    )
+    return f"internal error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(
+        ": "
+    ) + ("\nThis is a defect in cahfp: please report it with the output of the same command under CAHFP_DEBUG=1.")

@@ -1,8 +1,16 @@
 """What our safetensors files say about themselves: one JSON object under the metadata key `cahfp`."""
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from cahfp_cli.checkpoint import strict_json
+from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile
+from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.errors import InputError
+
+KEY = "cahfp"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Scalar = bool | int | float | str | None
@@ -59,3 +67,56 @@ class SubmodelMetadata(Record):
     profile: str | None = None
     num_examples: Annotated[int, Field(ge=1)] | None = None
     provenance: Provenance
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+def dump_metadata(record: Record) -> dict[str, str]:
+    """The metadata of a safetensors file that carries `record`; equal records give equal text.
+
+    Raises: ValueError: a number in the record is NaN or infinite.
+    """
+    fields = record.model_dump(mode="json")
+    return {KEY: json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False), "format": "pt"}
+
+
+def read_metadata(file: SafetensorsFile, schema: type[RecordType]) -> RecordType:
+    """The record of a file that one of our commands wrote.
+
+    Raises: InputError: the file has no such record, or one that does not fit `schema` (the key at fault is named).
+    """
+    record = metadata_or_none(file, schema)
+    if record is None:
+        raise InputError(
+            f"{file.path}: it has no `{KEY}` metadata, so cahfp did not write it; pass a file that it did."
+        )
+    return record
+
+
+def metadata_or_none(file: SafetensorsFile, schema: type[RecordType]) -> RecordType | None:
+    """As `read_metadata`, but None for a file that is not one of ours.
+
+    Raises: InputError: the file has a record that does not fit `schema`.
+    """
+    if KEY not in file.metadata:
+        return None
+    text = file.metadata[KEY]
+    try:
+        strict_json.parse(text)
+    except ValueError as error:
+        raise InputError(f"{file.path}: its `{KEY}` metadata is damaged: {error}.\nMake the file again.") from None
+    try:
+        # strict: "10" or true is not a number. Strict mode reads tuples from JSON text, but not from Python lists.
+        return schema.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{file.path}: its `{KEY}` metadata does not fit: {_first_fault(error)}.") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Where the record is wrong, and how, in one line."""
+    fault = min(error.errors(include_url=False), key=lambda fault: fault["loc"][:1] != ("format",))
+    key = shown(".".join(map(str, fault["loc"])) or "(whole)")
+    given = fault["input"]
+    value = f" (it is {shown(str(given))})" if isinstance(given, str | int | float | bool) else ""
+    return f"key {key}: {fault['msg'].lower()}{value}"

@@ -13,9 +13,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write
 Device = Annotated[str, typer.Option("--device", help="Compute on auto, cpu, cuda or mps.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples at a time.")]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="Folder that holds the files of a named data set.")
-]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the files of a named data set.")]
 Data = Annotated[
     str,
     typer.Option(
@@ -37,4 +35,7 @@ ModelArg = Annotated[
 ]
 InputShape = Annotated[
     str | None, typer.Option("--input-shape", help="Shape of one sample, e.g. 3x32x32; recorded in our checkpoints.")
+]
+Classes = Annotated[
+    int | None, typer.Option("--classes", min=1, help="Number of outputs; recorded in our checkpoints.")
 ]

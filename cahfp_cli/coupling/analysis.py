@@ -84,20 +84,22 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
     while True:
         couplings = Couplings(Atoms(), split_choice=choices)
         labels = labels_of_parameters(meta, couplings)
-        traces = tuple(trace(meta, input_shape, dtype, mode, couplings, labels) for mode in MODES)
+        evaluation = trace(meta, input_shape, dtype, MODES[0], couplings, labels)
+        consumers = tuple(couplings.consumers)  # those of training alone (auxiliary heads) do not count for the loss
+        traces = (evaluation, trace(meta, input_shape, dtype, MODES[1], couplings, labels))
         if not revise_choices(couplings):
             break
     prunable = {name: axes for name, axes in labels.items() if name in meta.state_dict()}
     rng = np.random.default_rng(0)
     for _ in range(MAX_REPAIRS):
-        groups, group_of_atom = solve(couplings.atoms, prunable, couplings.consumers)
+        groups, group_of_atom = solve(couplings.atoms, prunable, consumers)
         analysis = Analysis(groups, traces, group_of_atom, input_shape, dtype)
         site = first_mismatch(meta, analysis, probe(groups, rng))
         if site is None:
             return analysis
         before = groups.count
         pin_site(couplings, traces, site)
-        after = solve(couplings.atoms, prunable, couplings.consumers)[0].count
+        after = solve(couplings.atoms, prunable, consumers)[0].count
         if after == before:
             raise InputError(f"the model's widths cannot be followed at operator {site.operation.name}: {site.problem}")
     raise InputError(f"the model's widths are fixed in more than {MAX_REPAIRS} places of its code")
@@ -107,7 +109,9 @@ def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -
     """Raise VerificationError unless every operator of the sliced model has its predicted shapes, in both modes."""
     site = first_mismatch(to_meta(model), analysis, kept)
     if site is not None:
-        raise VerificationError(f"the sliced model differs from its plan at operator {site.operation.name}: {site.problem}")
+        raise VerificationError(
+            f"the sliced model differs from its plan at operator {site.operation.name}: {site.problem}"
+        )
 
 
 def trace(

@@ -1,6 +1,7 @@
 """Channel groups: what the solved atoms say about each axis of each tensor."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,19 +56,17 @@ class ChannelGroups:
         return {name: tuple(axis_indices(labels) for labels in axes) for name, axes in self.labels.items()}
 
     def sizes(self) -> Labels:
-        """Elements that go when a group alone is removed, int64 (groups,)."""
-        sizes = np.zeros(self.count, dtype=np.int64)
+        """Elements that belong to each group, int64 (groups,); one that two groups share counts for both."""
+        sizes = np.zeros(self.count + 1, dtype=np.int64)
         for axes in self.labels.values():
-            total = int(np.prod([len(a) for a in axes], dtype=np.int64)) if axes else 0
+            elements = math.prod(len(labels) for labels in axes)
             for labels in axes:
-                members = labels[labels >= 0]
-                if len(members):
-                    np.add.at(sizes, members, total // len(labels))
-        return sizes
+                np.add.at(sizes, labels, elements // max(len(labels), 1))
+        return sizes[:-1]  # the last entry collected what is KEPT
 
 
 def solve(
-    atoms: Atoms, tensors: Mapping[str, Axes], consumers: Mapping[tuple[str, int], None]
+    atoms: Atoms, tensors: Mapping[str, Axes], consumers: Sequence[tuple[str, int]]
 ) -> tuple[ChannelGroups, Labels]:
     """Turn ties into groups.
 
@@ -95,7 +94,7 @@ def solve(
             family=family,
             names=names,
             consumers=tuple(key for key in consumers if key[0] in tensors),
-            pinned=why_pinned(atoms, component, tensors, labels),
+            pinned=why_pinned(atoms, tensors, labels),
             not_mask_equivalent=remarks(atoms, group_of_atom, family),
         ),
         group_of_atom,
@@ -118,10 +117,9 @@ def families(labels: Mapping[str, tuple[Labels, ...]], groups: int) -> tuple[Lab
 
 
 def why_pinned(
-    atoms: Atoms, component: Labels, tensors: Mapping[str, Axes], labels: Mapping[str, tuple[Labels, ...]]
+    atoms: Atoms, tensors: Mapping[str, Axes], labels: Mapping[str, tuple[Labels, ...]]
 ) -> dict[tuple[str, int], str]:
-    """For each axis of length above 1 without any group: the first pin that touches it, directly or through ties."""
-    del component  # what is pinned is one component; the reason is that of the nearest pin that names the axis' atoms
+    """For each axis of length above 1 without any group: the first pin that names its atoms, if one does."""
     reasons: dict[int, str] = {}
     for pin in atoms.pins:
         for atom in np.unique(pin.atoms).tolist():

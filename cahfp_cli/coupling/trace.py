@@ -42,10 +42,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything one run showed, in order."""
+    """Everything one run showed, in order; `inputs` and `results` are the values that went in and came out."""
 
     values: list[Value]
     operations: list[Operation]
+    inputs: tuple[int, ...]
     results: tuple[int, ...]
 
 
@@ -217,12 +218,13 @@ def run(
     for name, tensor in tensors_of(model).items():
         known.setdefault(id(tensor), (name, labels[name]))
     tracer = Tracer(couplings, known)
+    given = tuple(tracer.number(sample) for sample in inputs)
     output = forward(model, inputs, training, tracer)
     results = [tracer.number(t) for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     for result in results:
         for axis in tracer.values[result].axes:
             couplings.atoms.pin(axis, "output of the model")
-    return Trace(tracer.values, tracer.operations, tuple(results))
+    return Trace(tracer.values, tracer.operations, given, tuple(results))
 
 
 def labels_of_parameters(model: nn.Module, couplings: Couplings) -> dict[str, Axes]:
@@ -233,8 +235,6 @@ def labels_of_parameters(model: nn.Module, couplings: Couplings) -> dict[str, Ax
     for name, tensor in tensors_of(model).items():
         if id(tensor) not in by_identity:
             prunable = name in saved and tensor.is_floating_point()
-            by_identity[id(tensor)] = tuple(
-                couplings.atoms.fresh(n) if prunable else fixed(n) for n in tensor.shape
-            )
+            by_identity[id(tensor)] = tuple(couplings.atoms.fresh(n) if prunable else fixed(n) for n in tensor.shape)
         labels[name] = by_identity[id(tensor)]
     return labels

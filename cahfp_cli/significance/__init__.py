@@ -1,0 +1,1 @@
+"""What each channel group is worth: gate statistics, criteria, and the scores file."""

@@ -1,0 +1,265 @@
+"""Read a safetensors file tensor by tensor, or a few rows at a time, without trusting a byte of it.
+
+Layout: a little-endian u64 header length, the header (JSON: name -> dtype, shape, data_offsets; and optionally
+`__metadata__`, string -> string), then the tensors' elements, little-endian, back to back. Nothing is memory-mapped:
+mapped pages count as memory, and a file that shrinks under a map kills the process.
+"""
+
+import math
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cahfp_cli.checkpoint import strict_json
+from cahfp_cli.checkpoint.dtypes import DTYPES, Array
+from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.errors import InputError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+MAX_NAME_LENGTH = 1024
+MAX_AXES = 32
+MAX_TENSOR_BYTES = 2**62
+_NO_PICKLES = "is a zip archive or a pickle, and pickles are not read here: save the weights as safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `dtype` is a safetensors code such as "F32"; `start` and `end` are offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def rows(self) -> int:
+        """Length of axis 0; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+
+class SafetensorsFile:
+    """A validated file. As a context manager it holds the file open; once closed, each read opens it again, and
+    refuses if it is no longer the file that was validated. So thousands of files cost no open descriptors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        handle: int,
+        identity: tuple[int, ...],
+        tensors: dict[str, TensorInfo],
+        metadata: dict[str, str],
+    ) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.metadata = metadata
+        self._handle: int | None = handle
+        self._identity = identity
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptor; further reads open the file for their own duration."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def read(self, name: str) -> Array:
+        """The whole tensor `name`: an owned, writable array of its shape and native dtype.
+
+        Raises: InputError: no such tensor, or the file is no longer what was validated.
+        """
+        info = self._info(name)
+        return self._elements(info, info.start, info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> Array:
+        """Rows first..last-1 (axis 0) of tensor `name`: (last - first, *shape[1:]); a scalar is its own row 0.
+
+        Raises: InputError: no such tensor, or the file is no longer what was validated.
+            IndexError: the rows are not in the tensor.
+        """
+        info = self._info(name)
+        if not 0 <= first <= last <= info.rows:
+            raise IndexError(f"rows {first}:{last} of {info.rows}")
+        if not info.shape:
+            return self.read(name)
+        row_bytes = info.nbytes // info.rows if info.rows else 0
+        return self._elements(info, info.start + first * row_bytes, (last - first, *info.shape[1:]))
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: it has no tensor {shown(name)}.")
+        return self.tensors[name]
+
+    def _elements(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> Array:
+        array = np.empty(shape, DTYPES[info.dtype])
+        with self._descriptor() as handle:
+            if not _read_into(handle, array.reshape(-1).view(np.uint8).data, start):
+                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+        if info.dtype == "BOOL" and np.any(array.view(np.uint8) > 1):
+            raise InputError(f"{self.path}: tensor {shown(info.name)} holds booleans that are neither 0 nor 1.")
+        return array.byteswap() if sys.byteorder == "big" and array.itemsize > 1 else array
+
+    @contextmanager
+    def _descriptor(self) -> Iterator[int]:
+        if self._handle is not None:
+            yield self._handle
+            return
+        handle, status = _open(self.path)
+        try:
+            if _identity(status) != self._identity:
+                raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
+            yield handle
+        finally:
+            os.close(handle)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Open `path` and validate its header completely; the elements are not read.
+
+    Raises: InputError: no regular file, not safetensors (a pickle is named as such), or a header that is damaged or
+        lies: bad JSON, dtypes, shapes, or offsets that overlap, leave gaps or do not end with the file.
+    """
+    handle, status = _open(path)
+    try:
+        tensors, metadata = _header(path, handle, status.st_size)
+    except BaseException:
+        os.close(handle)
+        raise
+    return SafetensorsFile(path, handle, _identity(status), tensors, metadata)
+
+
+def _open(path: Path) -> tuple[int, os.stat_result]:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not make us wait
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error}).") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise InputError(f"{path}: it is {kind}; a .safetensors file is expected.")
+    return handle, status
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_into(handle: int, buffer: memoryview, offset: int) -> bool:
+    """Fill `buffer` from `offset`; False if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(handle, [buffer[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def _header(path: Path, handle: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    start = bytearray(LENGTH_BYTES + 1)
+    if size < len(start):
+        raise InputError(f"{path}: it has {size} bytes, too few for a safetensors file; it is empty or cut short.")
+    if not _read_into(handle, memoryview(start), 0):
+        raise InputError(f"{path}: it became shorter while it was read; run again on a file at rest.")
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if start[LENGTH_BYTES:] != b"{" or length > MAX_HEADER_BYTES:
+        # Only now: a safetensors header of 640 bytes starts with the same two bytes as a pickle of protocol 2.
+        if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] <= 5):
+            raise InputError(f"{path}: it {_NO_PICKLES}.")
+        raise InputError(f"{path}: it is not a safetensors file (pickles and other formats are not read here).")
+    if length > size - LENGTH_BYTES:
+        raise InputError(
+            f"{path}: its header claims {length} bytes, but {size - LENGTH_BYTES} follow; it is cut short."
+        )
+    text = bytearray(length)
+    if not _read_into(handle, memoryview(text), LENGTH_BYTES):
+        raise InputError(f"{path}: it became shorter while it was read; run again on a file at rest.")
+    try:
+        header = strict_json.parse(bytes(text))
+        return _tensors(header, LENGTH_BYTES + length, size), _metadata(header)
+    except ValueError as error:
+        raise InputError(f"{path}: its safetensors header is damaged: {error}.\nCopy or make the file again.") from None
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map strings to strings")
+    return metadata
+
+
+def _tensors(header: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+    infos = [_tensor(name, entry, data, size) for name, entry in header.items() if name != "__metadata__"]
+    end = data
+    for info in sorted(infos, key=lambda info: (info.start, info.end)):
+        if info.start != end:
+            fault = "overlaps the one before it" if info.start < end else "leaves a gap before it"
+            raise ValueError(f"tensor {shown(info.name)} {fault}")
+        end = info.end
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
+    return {info.name: info for info in infos}
+
+
+def _tensor(name: str, entry: Any, data: int, size: int) -> TensorInfo:
+    check_name(name)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {shown(name)} must have exactly the keys dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {shown(name)} has dtype {shown(str(dtype))}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(map(is_size, shape)) or len(shape) > MAX_AXES:
+        raise ValueError(f"tensor {shown(name)} must have a shape of at most {MAX_AXES} non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise ValueError(f"tensor {shown(name)} must have two non-negative integers as data_offsets")
+    itemsize = DTYPES[dtype].itemsize
+    # NumPy multiplies the non-zero lengths even when one of the others is 0.
+    if math.prod(filter(None, shape)) * itemsize > MAX_TENSOR_BYTES:
+        raise ValueError(f"tensor {shown(name)} is larger than any machine can hold")
+    start, end = (data + offset for offset in offsets)
+    if end > size:
+        raise ValueError(f"tensor {shown(name)} ends at byte {end}, but the file has {size}; it is cut short")
+    if end - start != math.prod(shape) * itemsize:
+        raise ValueError(
+            f"tensor {shown(name)} has {end - start} bytes, but shape {shape} of {dtype} needs "
+            f"{math.prod(shape) * itemsize}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def is_size(value: object) -> bool:
+    """Whether a JSON value is a non-negative integer (and not a boolean, which Python counts as one)."""
+    return type(value) is int and value >= 0
+
+
+def check_name(name: str) -> None:
+    """Raises: ValueError: not a name for a tensor (empty, too long, control characters, or reserved)."""
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or name == "__metadata__":
+        raise ValueError(f"{shown(name)} is not a name for a tensor")

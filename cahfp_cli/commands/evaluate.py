@@ -1,0 +1,74 @@
+"""`cahfp evaluate`: accuracy, loss, latency and size of anything we write."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
+from cahfp_cli.output import Console
+
+
+def evaluate(
+    network: Annotated[Path, typer.Argument(metavar="CHECKPOINT|SUBMODEL_DIR|MODEL.onnx", help="What to evaluate.")],
+    *,
+    data: options.Data = "digits@test",
+    data_root: options.DataRoot = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    classes: options.Classes = None,
+    batch_size: options.BatchSize = 256,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Time single samples on this machine.")
+    ] = True,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure accuracy and loss on data, and on this machine latency and size."""
+    from cahfp_cli.commands.networks import open_network
+    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.data.spec import load_data
+    from cahfp_cli.device.quantities import format_bytes, format_seconds
+    from cahfp_cli.training import evaluation
+    from cahfp_cli.training.device import pick_device, use_threads
+    from cahfp_cli.training.latency import latency as time_network
+    from cahfp_cli.training.latency import latency_onnx
+
+    console = Console(json, quiet)
+    use_threads(threads)
+    dataset = load_data(data, data_root=data_root, default_split="test")
+    if network.suffix == ".onnx":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device}: ONNX files are evaluated on the CPU.")
+        metrics = evaluation.evaluate_onnx(network, dataset, batch_size, threads)
+        timing = latency_onnx(network, threads) if latency else None
+        size = network.stat().st_size
+    else:
+        where = pick_device(device)
+        opened = open_network(network, model, model_arg, input_shape, classes)
+        check_fits(dataset, opened.input_shape, opened.classes)
+        metrics = evaluation.evaluate(opened.model, dataset, batch_size, where)
+        timing = time_network(opened.model, opened.input_shape, where) if latency else None
+        size = opened.files[0].stat().st_size
+    lines = [
+        f"accuracy  {100 * metrics.accuracy:.2f}% ({metrics.samples} samples of {data})",
+        f"loss      {metrics.loss:.4f}",
+        f"size      {format_bytes(size)}",
+    ]
+    result = {
+        "network": str(network),
+        "data": data,
+        "samples": metrics.samples,
+        "accuracy": metrics.accuracy,
+        "loss": metrics.loss,
+        "bytes": size,
+    }
+    if timing is not None:
+        p90 = format_seconds(timing.p90_ms / 1e3)
+        lines.append(f"latency   {format_seconds(timing.median_ms / 1e3)} median, {p90} p90 (this machine, batch 1)")
+        result["latency"] = {"median_seconds": timing.median_ms / 1e3, "p90_seconds": timing.p90_ms / 1e3}
+    console.result("\n".join(lines), result)

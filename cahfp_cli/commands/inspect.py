@@ -1,0 +1,184 @@
+"""`cahfp inspect`: what any file of ours says of itself. Never imports torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import InputError
+from cahfp_cli.output import Console, Json, table
+
+if TYPE_CHECKING:
+    from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile
+
+CHECKPOINT, SUBMODEL, INDEX_MAP, SCORES = (
+    "cahfp.checkpoint/1",
+    "cahfp.submodel/1",
+    "cahfp.index_map/1",
+    "cahfp.scores/1",
+)
+
+
+def inspect(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ANY_FILE_OF_OURS",
+            help="A checkpoint, scores, an index map, a submodel folder, report.json, model.onnx or a profile.",
+        ),
+    ],
+    json: options.Json = False,
+) -> None:
+    """Show what a file holds and how it came to be."""
+    result = describe(file)
+    Console(json).result(human(result), result)
+
+
+def describe(path: Path) -> Json:
+    """Everything worth knowing about a file or folder. Raises: InputError: it is none of ours, or damaged."""
+    if path.is_dir():
+        return describe_folder(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file.")
+    match path.suffix:
+        case ".onnx":
+            return describe_onnx(path)
+        case ".toml":
+            from cahfp_cli.device.profile import read_profile
+
+            profile = read_profile(path)
+            return {"kind": "device profile", "file": str(path), **profile.model_dump(mode="json", exclude_none=True)}
+        case ".json":
+            from cahfp_cli.pruning.report import read_report
+
+            return {"kind": "report", "file": str(path), **read_report(path)}
+        case _:
+            from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+
+            with open_safetensors(path) as file:
+                return {"file": str(path), "bytes": path.stat().st_size, **describe_tensors(file)}
+
+
+def describe_folder(path: Path) -> Json:
+    """A submodel folder, or one of several of them as `cahfp prune` writes it."""
+    from cahfp_cli.pruning.files import FILES, TENSORS
+
+    if (path / TENSORS).is_file():
+        parts = {name: describe(path / name) for name in FILES if (path / name).is_file()}
+        return {"kind": "submodel folder", "file": str(path), "files": parts}
+    submodels = sorted(child for child in path.iterdir() if (child / TENSORS).is_file())
+    if not submodels:
+        raise InputError(f"{path}: not a submodel folder: it holds no {TENSORS}.")
+    return {"kind": "submodels", "file": str(path), "submodels": {s.name: describe_folder(s) for s in submodels}}
+
+
+def describe_tensors(file: "SafetensorsFile") -> Json:
+    """A safetensors file: by the format it names, or as someone else's checkpoint."""
+    import json
+
+    from cahfp_cli.checkpoint.digest import content_digest
+    from cahfp_cli.checkpoint.metadata import KEY, CheckpointMetadata, SubmodelMetadata, read_metadata
+    from cahfp_cli.pruning.index_map import read_index_map
+    from cahfp_cli.significance.scores import ScoresMetadata, read_scores
+
+    elements = sum(element_count(info.shape) for info in file.tensors.values())
+    tensors: Json = {"tensors": len(file.tensors), "elements": elements, "digest": content_digest(file)}
+    if KEY not in file.metadata:
+        return {"kind": "checkpoint (not written by cahfp)", **tensors}
+    try:
+        name = json.loads(file.metadata[KEY]).get("format")
+    except (ValueError, AttributeError, RecursionError):
+        name = None
+    if name == SUBMODEL:
+        return {"kind": "submodel", **tensors, **read_metadata(file, SubmodelMetadata).model_dump(mode="json")}
+    if name == INDEX_MAP:
+        index_map = read_index_map(file.path)
+        whole = sum(element_count(t.shape) for t in index_map.tensors.values())
+        kept = sum(element_count(t.submodel_shape) for t in index_map.tensors.values())
+        return {
+            "kind": "index map",
+            "format": INDEX_MAP,
+            "checkpoint": index_map.checkpoint,
+            "tensors": len(index_map.tensors),
+            "elements": {"kept": kept, "of": whole},
+        }
+    if name == SCORES:
+        scores = read_scores(file.path)
+        about = read_metadata(file, ScoresMetadata).model_dump(mode="json")
+        families = about.pop("families")
+        return {
+            "kind": "scores",
+            **about,
+            "groups": len(scores.significance),
+            "families": [
+                {"family": family, "groups": int(own.size), "min": float(own.min()), "max": float(own.max())}
+                for number, family in enumerate(families)
+                if (own := scores.significance[scores.family == number]).size
+            ],
+        }
+    return {"kind": "checkpoint", **tensors, **read_metadata(file, CheckpointMetadata).model_dump(mode="json")}
+
+
+def describe_onnx(path: Path) -> Json:
+    """An ONNX file: inputs, outputs, opset, operators, metadata."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise InputError(
+            f"{path}: not a valid ONNX file: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    operators: dict[str, int] = {}
+    for node in model.graph.node:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+
+    def shape(value: Any) -> list[int | str]:
+        return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+    return {
+        "kind": "ONNX",
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "inputs": {value.name: shape(value) for value in model.graph.input},
+        "outputs": {value.name: shape(value) for value in model.graph.output},
+        "opset": max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0),
+        "operators": dict(sorted(operators.items())),
+        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+    }
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    from math import prod
+
+    return prod(shape)
+
+
+def human(result: Json, indent: str = "") -> str:
+    """The same as text: nested keys indented, lists of records as tables."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", human(value, indent + "  ")]
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            columns = list(value[0])
+            rows = [[shown(item.get(column)) for column in columns] for item in value]
+            lines += [f"{indent}{key}:", *(f"{indent}  {line}" for line in table(columns, rows).splitlines())]
+        else:
+            lines.append(f"{indent}{key}: {shown(value)}")
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return (
+            "x".join(map(str, value))
+            if value and all(isinstance(v, int) for v in value)
+            else ", ".join(map(str, value))
+        )
+    return "-" if value is None or value == {} else str(value)

@@ -1,0 +1,98 @@
+"""What several commands do with a network named on the command line: open it, describe it, record its spec."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cahfp_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cahfp_cli.checkpoint.metadata import ModelSpec
+    from cahfp_cli.pruning.submodel import LoadedSubmodel
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network from a checkpoint or a submodel folder; `submodel` is None for the former.
+
+    digest: content digest of the global checkpoint. files: what was read, for provenance.
+    """
+
+    model: "nn.Module"
+    spec: "ModelSpec"
+    input_shape: tuple[int, ...]
+    classes: int
+    digest: str
+    files: tuple[Path, ...]
+    submodel: "LoadedSubmodel | None"
+
+
+def open_network(
+    path: Path,
+    model: str | None = None,
+    model_arg: list[str] | None = None,
+    input_shape: str | None = None,
+    classes: int | None = None,
+) -> Network:
+    """Build the network of a checkpoint file or a submodel folder.
+
+    Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
+    """
+    from cahfp_cli.models.checkpoint_io import load_checkpoint
+    from cahfp_cli.models.spec import parse_model_args
+    from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
+    from cahfp_cli.pruning.submodel import load_submodel
+
+    if path.is_dir():
+        if model_arg or input_shape or classes:
+            raise UsageError(
+                f"{path} is a submodel folder, which records its model arguments, input shape and classes."
+            )
+        loaded = load_submodel(path, model)
+        about = loaded.metadata
+        files = (path / TENSORS, path / INDEX_MAP)
+        return Network(loaded.model, about.model, about.input_shape, about.classes, about.checkpoint, files, loaded)
+    checkpoint = load_checkpoint(
+        path,
+        model=model,
+        model_args=parse_model_args(model_arg or []),
+        input_shape=parse_shape(input_shape),
+        classes=classes,
+    )
+    return Network(
+        checkpoint.model,
+        checkpoint.spec,
+        checkpoint.input_shape,
+        checkpoint.classes,
+        checkpoint.digest,
+        (path,),
+        None,
+    )
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`3x32x32` as (3, 32, 32). Raises: UsageError: anything else."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        raise UsageError(f"--input-shape {text!r} is not a shape: write for example 3x32x32 (one sample, no batch).")
+    return tuple(int(part) for part in parts)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """3x32x32."""
+    return "x".join(map(str, shape))
+
+
+def percent(share: float) -> str:
+    """0.8941 as `89.4%`."""
+    return f"{100 * share:.1f}%"
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were set, for provenance."""
+    return {name: value for name, value in options.items() if value not in (None, False, [])}

@@ -1,0 +1,186 @@
+"""`cahfp profile`: the devices that there are, and every figure behind one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
+from cahfp_cli.output import Console, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cahfp_cli.device.profile import DefaultBudget, DeviceProfile
+
+app = typer.Typer(help="Show the device profiles.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list")
+def list_profiles(json: options.Json = False) -> None:
+    """List the profiles that come with cahfp."""
+    from cahfp_cli.device.catalogue import all_profiles
+
+    profiles = all_profiles()
+    columns = ("name", "aliases", "peak fp32", "memory bandwidth", "RAM", "default budget")
+    rows = [
+        (
+            profile.name,
+            ", ".join(profile.aliases),
+            _amount(profile.compute.fp32.peak),
+            _amount(profile.memory.bandwidth),
+            _amount(profile.capacity.ram),
+            _budget(profile.budget),
+        )
+        for profile in profiles
+    ]
+    Console(json=json).result(table(columns, rows), {"profiles": [_machine(profile) for profile in profiles]})
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name or alias of a profile, or a path to a .toml file.")],
+    json: options.Json = False,
+) -> None:
+    """Show every figure of one profile with its unit and its source."""
+    from cahfp_cli.device.catalogue import load_profile
+
+    profile = load_profile(name)
+    Console(json=json).result(_page(profile), _machine(profile))
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint, a submodel folder, or a model spec such as resnet20."),
+    ],
+    *,
+    profile: Annotated[str, typer.Option("--profile", help="Name or alias of a profile, or a .toml file.")],
+    spec: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    classes: options.Classes = None,
+    json: options.Json = False,
+) -> None:
+    """Predict latency, memory and storage of a network on a device, operator by operator."""
+    import numpy as np
+
+    from cahfp_cli.coupling.analysis import analyse
+    from cahfp_cli.device.catalogue import load_profile
+    from cahfp_cli.device.cost import compile_workload
+    from cahfp_cli.device.quantities import format_bytes, format_count, format_seconds
+    from cahfp_cli.device.workload import make_workload
+
+    device = load_profile(profile)
+    network, shape = _network(model, spec, model_arg, input_shape, classes)
+    itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
+    workload = make_workload(analyse(network, shape), itemsizes)
+    compiled = compile_workload(workload, device)
+    widths = np.asarray(workload.full_widths)
+    cost, parts = compiled.cost(widths), compiled.breakdown(widths)
+    assert cost.latency_seconds is not None
+    timed = [i for i, operator in enumerate(workload.operators) if operator.kind != "free"]
+    operators = [
+        {
+            "name": parts.names[i],
+            "kind": workload.operators[i].kind,
+            "seconds": float(parts.seconds[i]),
+            "bound": "compute" if parts.compute[i] >= parts.memory[i] else "memory",
+        }
+        for i in timed
+    ]
+    total = float(cost.latency_seconds)
+    machine = {
+        "model": model,
+        "profile": device.name,
+        "latency_seconds": total,
+        "memory_bytes": int(cost.memory_bytes),
+        "storage_bytes": int(cost.storage_bytes),
+        "macs": int(cost.macs),
+        "params": int(cost.params),
+        "operators": operators,
+    }
+    rows = [
+        [
+            str(o["name"]),
+            str(o["kind"]),
+            format_seconds(parts.seconds[i]),
+            f"{parts.seconds[i] / total:.1%}",
+            str(o["bound"]),
+        ]
+        for i, o in zip(timed, operators, strict=True)
+    ]
+    human = table(("operator", "kind", "time", "share", "bound by"), rows) + (
+        f"\n\n{device.name}: {format_seconds(total)} at batch 1, {format_bytes(float(cost.memory_bytes))} memory, "
+        f"{format_bytes(float(cost.storage_bytes))} storage, {format_count(float(cost.macs))} MACs, "
+        f"{format_count(float(cost.params))} params"
+    )
+    Console(json=json).result(human, machine)
+
+
+def _network(
+    model: str, spec: str | None, model_arg: list[str] | None, input_shape: str | None, classes: int | None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network that MODEL names: a path that exists, or a spec built with `--input-shape` and `--classes`."""
+    from cahfp_cli.checkpoint.metadata import ModelSpec
+    from cahfp_cli.commands.networks import open_network, parse_shape
+    from cahfp_cli.models.spec import build, parse_model_args
+
+    path = Path(model)
+    if path.exists() and path.suffix != ".py":
+        if path.suffix == ".onnx":
+            raise UsageError(f"{model}: give the checkpoint or the submodel folder that the ONNX file was made from")
+        network = open_network(path, spec, model_arg, input_shape, classes)
+        return network.model, network.input_shape
+    shape = parse_shape(input_shape)
+    if shape is None:
+        raise UsageError(f"{model} is not a file, so it is taken as a model spec: pass --input-shape, e.g. 3x32x32")
+    return build(ModelSpec(spec=model, args=parse_model_args(model_arg or [])), shape, classes or 10), shape
+
+
+def _page(profile: DeviceProfile) -> str:
+    figures = list(profile.figures())
+    rows = table(("figure", "value"), [(key, _amount(figure)) for key, figure in figures]).splitlines()
+    sources = ["  source", "  ------", *(f"  {figure.source}" for _, figure in figures)]
+    width = max(map(len, rows))
+    runtime = profile.runtime
+    threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+    return "\n".join(
+        [
+            f"{profile.name}: {profile.description}",
+            f"aliases: {', '.join(profile.aliases) or 'none'}",
+            f"runtime: {', '.join(part for part in (runtime.name, runtime.provider, threads) if part)}",
+            f"default budget: {_budget(profile.budget)}" + (f" ({profile.budget.reason})" if profile.budget else ""),
+            "",
+            *(row.ljust(width) + source for row, source in zip(rows, sources, strict=True)),
+        ]
+    )
+
+
+def _amount(figure: Any) -> str:
+    return f"{figure.value:g}" if figure.unit == "share" else f"{figure.value:g} {figure.unit}"
+
+
+def _budget(budget: DefaultBudget | None) -> str:
+    from cahfp_cli.device.quantities import format_bytes, format_limit, format_seconds
+
+    if budget is None:
+        return "none"
+    parts = (
+        ("latency", format_seconds(budget.latency) if budget.latency is not None else None),
+        ("memory", format_bytes(budget.memory) if budget.memory is not None else None),
+        ("storage", format_bytes(budget.storage) if budget.storage is not None else None),
+        ("macs", format_limit(budget.macs) if budget.macs is not None else None),
+        ("params", format_limit(budget.params) if budget.params is not None else None),
+        ("keep", f"{budget.keep * 100:.3g}%" if budget.keep is not None else None),
+    )
+    return ", ".join(f"{name} {value}" for name, value in parts if value is not None)
+
+
+def _machine(profile: DeviceProfile) -> dict[str, Any]:
+    """The profile as JSON: what the file holds, with the budget in seconds and bytes."""
+    return profile.model_dump(mode="json", exclude_none=True)

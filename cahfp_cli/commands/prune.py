@@ -1,0 +1,301 @@
+"""`cahfp prune`: one submodel for each device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import BudgetError, InputError, UsageError
+from cahfp_cli.output import Console, Json, table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cahfp_cli.commands.networks import Network
+    from cahfp_cli.coupling.analysis import Analysis
+    from cahfp_cli.device.cost import Cost
+    from cahfp_cli.device.profile import DeviceProfile
+    from cahfp_cli.pruning.budget import Budget
+    from cahfp_cli.pruning.selection import Selection
+    from cahfp_cli.training.evaluation import Metrics
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one device asks for: the folder to write, its profile (None when only flags say what must hold), limits."""
+
+    folder: Path
+    profile: "DeviceProfile | None"
+    budget: "Budget"
+
+    @property
+    def name(self) -> str | None:
+        return self.profile.name if self.profile else None
+
+
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Our checkpoint, or someone else's.")],
+    *,
+    scores: Annotated[Path, typer.Option("--scores", help="What `cahfp score` wrote for this checkpoint.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder: a submodel folder NAME a profile in it; itself one without."),
+    ],
+    profile: Annotated[
+        list[str] | None,
+        typer.Option("--profile", help="Device: a name (`cahfp profile list`) or a .toml; may be repeated."),
+    ] = None,
+    latency: Annotated[str | None, typer.Option(help="Predicted latency at batch 1, e.g. 5ms.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Weights and activations at batch 1, e.g. 64MB.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Size of the ONNX file, e.g. 2MB.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Multiply-accumulates: a share (0.5) or a count (30M).")] = None,
+    params: Annotated[str | None, typer.Option(help="Stored numbers: a share (0.3) or a count (1.2M).")] = None,
+    keep: Annotated[str | None, typer.Option(help="Share of the channels of every layer, e.g. 0.5.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Measure accuracy before and after on this data, e.g. digits@test.")
+    ] = None,
+    data_root: options.DataRoot = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    classes: options.Classes = None,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
+    from cahfp_cli.checkpoint.atomic import refuse_overwrite
+    from cahfp_cli.checkpoint.metadata import SubmodelMetadata
+    from cahfp_cli.commands.networks import given, open_network
+    from cahfp_cli.coupling.analysis import analyse
+    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.data.spec import load_data
+    from cahfp_cli.device.catalogue import load_profile
+    from cahfp_cli.provenance import provenance
+    from cahfp_cli.pruning.submodel import check_round_trip, cut, make_index_map, write_submodel
+    from cahfp_cli.training.device import pick_device, use_threads
+    from cahfp_cli.training.evaluation import evaluate
+
+    console = Console(json, quiet)
+    use_threads(threads)
+    where = pick_device(device)
+    profiles = [load_profile(name) for name in profile or []]
+    budget = parse_budget(latency, memory, storage, macs, params, keep)
+    targets = make_targets(profiles, budget, output)
+    for target in targets:
+        refuse_overwrite(target.folder, force)
+    if checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
+    network = open_network(checkpoint, model, model_arg, input_shape, classes)
+    dataset = load_data(data, data_root=data_root, default_split="test") if data else None
+    if dataset is not None:
+        check_fits(dataset, network.input_shape, network.classes)
+    analysis = analyse(network.model, network.input_shape)
+    significance = read_significance(scores, network, analysis, checkpoint)
+    selections = [choose(target, significance, network, analysis) for target in targets]
+
+    before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
+    network.model.cpu()
+    limits = given(
+        {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
+    )
+    reports = []
+    with console.progress("pruning") as progress:
+        for target, selection in zip(targets, selections, strict=True):
+            submodel = cut(network.model, analysis, selection.kept)
+            index_map = make_index_map(network.model, analysis.groups, selection.kept, network.digest)
+            check_round_trip(network.model, submodel, index_map)
+            after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
+            report = describe(target, selection, significance, analysis, before, after, data)
+            if not dry_run:
+                origin = provenance(
+                    "prune", {**limits, **given({"profile": target.name, "data": data})}, (*network.files, scores)
+                )
+                metadata = SubmodelMetadata(
+                    model=network.spec,
+                    input_shape=network.input_shape,
+                    classes=network.classes,
+                    checkpoint=network.digest,
+                    profile=target.name,
+                    provenance=origin,
+                )
+                if target.folder != output:
+                    output.mkdir(exist_ok=True)
+                report = write_submodel(
+                    target.folder,
+                    submodel.cpu(),
+                    index_map,
+                    metadata,
+                    report,
+                    onnx=onnx,
+                    storage_limit=selection.limits.by_name.get("storage"),
+                    force=force,
+                )
+            reports.append({"folder": str(target.folder), **report})
+            progress(len(reports), len(targets))
+    outcome = "nothing written (--dry-run)" if dry_run else f"wrote {', '.join(r['folder'] for r in reports)}"
+    console.result(f"{human(reports)}\n\n{outcome}", {"written": not dry_run, "submodels": reports})
+
+
+def parse_budget(
+    latency: str | None, memory: str | None, storage: str | None, macs: str | None, params: str | None, keep: str | None
+) -> "Budget":
+    """The budget flags. Raises: UsageError: one of them is not a quantity."""
+    from cahfp_cli.device.quantities import parse_bytes, parse_limit, parse_seconds, parse_share
+    from cahfp_cli.pruning.budget import Budget
+
+    return Budget(
+        latency=parse_seconds(latency) if latency else None,
+        memory=parse_bytes(memory) if memory else None,
+        storage=parse_bytes(storage) if storage else None,
+        macs=parse_limit(macs) if macs else None,
+        params=parse_limit(params) if params else None,
+        keep=parse_share(keep) if keep else None,
+    )
+
+
+def make_targets(profiles: Sequence["DeviceProfile"], budget: "Budget", output: Path) -> list[Target]:
+    """One target a profile; flags hold for all of them, and without flags each profile's own budget does.
+
+    Raises: UsageError: nothing limits the size, a latency has no device to hold on, or a profile is named twice.
+    """
+    from cahfp_cli.pruning.budget import budget_of_profile
+
+    if not profiles:
+        if budget.latency is not None:
+            raise UsageError("--latency needs --profile NAME: time depends on the device (see `cahfp profile list`)")
+        if not budget:
+            raise UsageError("say what must hold: --profile NAME, or a budget such as --macs 0.5 or --keep 0.5")
+        return [Target(output, None, budget)]
+    names = [profile.name for profile in profiles]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"profile {twice} is named twice (aliases count): each writes a folder of its name")
+    targets = []
+    for profile in profiles:
+        if not budget and profile.budget is None:
+            raise UsageError(f"profile {profile.name} has no budget of its own: pass one, such as --latency 5ms")
+        own = budget_of_profile(profile.budget) if profile.budget is not None else budget
+        targets.append(Target(output / profile.name, profile, budget or own))
+    return targets
+
+
+def read_significance(
+    scores: Path, network: "Network", analysis: "Analysis", checkpoint: Path
+) -> "NDArray[np.float64]":
+    """The significance of each group. Raises: InputError: the scores are damaged or those of another checkpoint."""
+    import numpy as np
+
+    from cahfp_cli.significance.scores import read_scores
+
+    found = read_scores(scores)
+    same_groups = np.array_equal(found.family, analysis.groups.family)
+    if found.metadata.checkpoint != network.digest or not same_groups:
+        raise InputError(
+            f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
+            f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
+        )
+    return found.significance
+
+
+def choose(
+    target: Target, significance: "NDArray[np.float64]", network: "Network", analysis: "Analysis"
+) -> "Selection":
+    """Select the groups for one device. Raises: BudgetError: the smallest network does not fit; the device is named."""
+    from cahfp_cli.device.cost import compile_workload
+    from cahfp_cli.device.workload import make_workload
+    from cahfp_cli.pruning.selection import select
+
+    itemsizes = {name: tensor.element_size() for name, tensor in network.model.state_dict().items()}
+    model = compile_workload(make_workload(analysis, itemsizes), target.profile)
+    try:
+        return select(significance, analysis.groups.family, model, target.budget)
+    except BudgetError as error:
+        raise BudgetError(f"{target.name}: {error}" if target.name else str(error)) from None
+
+
+def describe(
+    target: Target,
+    selection: "Selection",
+    significance: "NDArray[np.float64]",
+    analysis: "Analysis",
+    before: "Metrics | None",
+    after: "Metrics | None",
+    data: str | None,
+) -> Json:
+    """The report of one submodel."""
+    groups = analysis.groups
+    widths = groups.widths(selection.kept).tolist()
+    full = groups.widths(selection.kept | True).tolist()
+    report: Json = {
+        "profile": target.name,
+        "budget": {"met": True, "limits": selection.limits.by_name, "keep": target.budget.keep},
+        "binding": selection.binding,
+        "groups": {"kept": int(selection.kept.sum()), "of": groups.count},
+        "widths": [
+            {"family": name, "kept": kept, "of": whole}
+            for name, kept, whole in zip(groups.names, widths, full, strict=True)
+        ],
+        "predicted": costs(selection.cost),
+        "full": costs(selection.full),
+        "significance_removed": float(significance[~selection.kept].sum()),
+    }
+    if before is not None and after is not None:
+        report["evaluation"] = {
+            "data": data,
+            "samples": before.samples,
+            "before": figures(before),
+            "after": figures(after),
+        }
+    return report
+
+
+def costs(cost: "Cost") -> Json:
+    """Costs as numbers: seconds, bytes, counts."""
+    return {
+        "latency_seconds": None if cost.latency_seconds is None else float(cost.latency_seconds),
+        "memory_bytes": int(cost.memory_bytes),
+        "storage_bytes": int(cost.storage_bytes),
+        "macs": int(cost.macs),
+        "params": int(cost.params),
+    }
+
+
+def figures(metrics: "Metrics") -> Json:
+    return {"accuracy": metrics.accuracy, "loss": metrics.loss}
+
+
+def human(reports: Sequence[dict[str, Any]]) -> str:
+    """One line a submodel."""
+    from cahfp_cli.commands.networks import percent
+    from cahfp_cli.device.quantities import format_bytes, format_count, format_seconds
+
+    rows = []
+    for report in reports:
+        predicted, full = report["predicted"], report["full"]
+        seconds = predicted["latency_seconds"]
+        evaluation = report.get("evaluation")
+        rows.append(
+            [
+                report["profile"] or Path(report["folder"]).name,
+                f"{report['groups']['kept']}/{report['groups']['of']}",
+                f"{format_count(predicted['params'])} ({percent(predicted['params'] / full['params'])})",
+                f"{format_count(predicted['macs'])} ({percent(predicted['macs'] / full['macs'])})",
+                format_seconds(seconds) if seconds is not None else "-",
+                format_bytes(report["onnx"]["bytes"]) if "onnx" in report else "-",
+                report["binding"] or "none",
+                f"{percent(evaluation['before']['accuracy'])} -> {percent(evaluation['after']['accuracy'])}"
+                if evaluation
+                else "-",
+            ]
+        )
+    columns = ["device", "groups kept", "params", "MACs", "latency", "ONNX", "binding", "accuracy"]
+    return table(columns, rows)

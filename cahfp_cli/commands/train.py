@@ -1,0 +1,203 @@
+"""`cahfp train`: from scratch, fine-tuning, or a client's own steps on a submodel."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
+from cahfp_cli.output import Console, Json
+
+if TYPE_CHECKING:
+    from cahfp_cli.checkpoint.metadata import Provenance
+    from cahfp_cli.commands.networks import Network
+    from cahfp_cli.data.dataset import Dataset
+    from cahfp_cli.training.evaluation import Metrics
+    from cahfp_cli.training.sgd import TrainReport
+
+
+def train(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CHECKPOINT|SUBMODEL_DIR]", help="Where to start; without it, from scratch (--model)."),
+    ] = None,
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A checkpoint file, or for a submodel the folder to write.")
+    ],
+    data: options.Data = "digits@train",
+    data_root: options.DataRoot = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", help="Data to evaluate on at the end; same specs as --data.")
+    ] = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    classes: options.Classes = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimiser steps instead.")] = None,
+    batch_size: options.BatchSize = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
+    momentum: Annotated[float, typer.Option(help="Nesterov momentum.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option(help="On matrices and kernels.")] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    label_smoothing: Annotated[float, typer.Option(help="0 for none.")] = 0.0,
+    augment: Annotated[bool, typer.Option("--augment", help="Shift images by a few pixels.")] = False,
+    grad_clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="For a submodel: export the trained one.")] = True,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+) -> None:
+    """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
+    from cahfp_cli.checkpoint.atomic import refuse_overwrite
+    from cahfp_cli.commands.networks import given
+    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.data.spec import load_data
+    from cahfp_cli.provenance import provenance
+    from cahfp_cli.training.device import pick_device, use_threads
+    from cahfp_cli.training.evaluation import evaluate
+    from cahfp_cli.training.sgd import TrainOptions, check_options
+    from cahfp_cli.training.sgd import train as run
+
+    console = Console(json, quiet)
+    if schedule not in ("cosine", "constant"):
+        raise UsageError(f"--schedule {schedule!r}: choose cosine or constant")
+    how = TrainOptions(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule="cosine" if schedule == "cosine" else "constant",
+        label_smoothing=label_smoothing,
+        augment=augment,
+        seed=seed,
+        grad_clip=grad_clip,
+    )
+    check_options(how)
+    refuse_overwrite(output, force)
+    use_threads(threads)
+    where = pick_device(device)
+    dataset = load_data(data, data_root=data_root)
+    network = start(source, dataset, model, model_arg, input_shape, classes, seed)
+    tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
+    for each in (dataset, tests):
+        if each is not None:
+            check_fits(each, network.input_shape, network.classes)
+
+    with console.progress("training") as progress:
+
+        def on_epoch(done: int, total: int, epoch: Any) -> None:
+            progress(done, total)
+            console.note(f"epoch {done}/{total}: loss {epoch.loss:.4f}, accuracy {100 * epoch.accuracy:.1f}%")
+
+        report = run(network.model, dataset, how, where, on_epoch)
+    metrics = evaluate(network.model, tests, 256, where) if tests is not None else None
+    network.model.cpu()
+    recorded = given(
+        {
+            "data": data,
+            "model": model,
+            "epochs": epochs if steps is None else None,
+            "steps": steps,
+            "batch_size": batch_size,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "label_smoothing": label_smoothing,
+            "augment": augment,
+            "grad_clip": grad_clip,
+        }
+    )
+    origin = provenance("train", {**recorded, "seed": seed}, network.files)
+    result = describe(dataset, test_data, report, metrics)
+    if network.submodel is None:
+        write_checkpoint(output, network, len(dataset), origin, force)
+    else:
+        result = write_trained_submodel(output, network, len(dataset), origin, force, onnx, result)
+    lines = [f"{output}: {len(dataset)} samples, final training loss {result['training']['loss']:.4f}"]
+    if metrics is not None:
+        lines.append(f"accuracy on {test_data}: {100 * metrics.accuracy:.1f}% ({metrics.samples} samples)")
+    console.result("\n".join(lines), {"output": str(output), **result})
+
+
+def start(
+    source: Path | None,
+    dataset: "Dataset",
+    model: str | None,
+    model_arg: list[str] | None,
+    input_shape: str | None,
+    classes: int | None,
+    seed: int,
+) -> "Network":
+    """The network to train: the given one, or a new one that fits the data."""
+    from cahfp_cli.checkpoint.metadata import ModelSpec
+    from cahfp_cli.commands.networks import Network, open_network, parse_shape
+    from cahfp_cli.models.spec import build, parse_model_args
+
+    if source is not None:
+        return open_network(source, model, model_arg, input_shape, classes)
+    if model is None:
+        raise UsageError(
+            "pass a CHECKPOINT to go on from, or --model SPEC to train from scratch, e.g. --model resnet20"
+        )
+    spec = ModelSpec(spec=model, args=parse_model_args(model_arg or []))
+    shape = parse_shape(input_shape) or dataset.input_shape
+    outputs = classes or dataset.classes
+    return Network(build(spec, shape, outputs, seed), spec, shape, outputs, "", (), None)
+
+
+def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", metrics: "Metrics | None") -> Json:
+    """What training did, for report.json and --json; no times, so that equal runs give equal bytes."""
+    last = report.epochs[-1]
+    result: Json = {
+        "num_examples": len(dataset),
+        "training": {"data": dataset.name, "steps": report.steps, "loss": last.loss, "accuracy": last.accuracy},
+    }
+    if metrics is not None:
+        result["test"] = {
+            "data": test_data,
+            "accuracy": metrics.accuracy,
+            "loss": metrics.loss,
+            "samples": metrics.samples,
+        }
+    return result
+
+
+def write_checkpoint(output: Path, network: "Network", examples: int, origin: "Provenance", force: bool) -> None:
+    from cahfp_cli.checkpoint.metadata import CheckpointMetadata
+    from cahfp_cli.models.checkpoint_io import save_checkpoint
+
+    metadata = CheckpointMetadata(
+        model=network.spec,
+        input_shape=network.input_shape,
+        classes=network.classes,
+        num_examples=examples,
+        provenance=origin,
+    )
+    save_checkpoint(output, network.model, metadata, force)
+
+
+def write_trained_submodel(
+    output: Path, network: "Network", examples: int, origin: "Provenance", force: bool, onnx: bool, result: Json
+) -> Json:
+    """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on."""
+    from cahfp_cli.pruning.files import REPORT
+    from cahfp_cli.pruning.report import read_report
+    from cahfp_cli.pruning.submodel import write_submodel
+
+    submodel = network.submodel
+    assert submodel is not None
+    metadata = submodel.metadata.model_copy(update={"num_examples": examples, "provenance": origin})
+    before = submodel.folder / REPORT
+    report = {key: value for key, value in read_report(before).items() if key != "onnx"} if before.is_file() else {}
+    return write_submodel(
+        output, network.model, submodel.index_map, metadata, {**report, **result}, onnx=onnx, force=force
+    )

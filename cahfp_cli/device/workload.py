@@ -1,0 +1,173 @@
+"""From a trace to a workload: which operators cost what, with sizes that follow the widths."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cahfp_cli.coupling.analysis import Analysis
+from cahfp_cli.coupling.atoms import Labels
+from cahfp_cli.coupling.groups import KEPT, ChannelGroups
+from cahfp_cli.coupling.registry import Axes
+from cahfp_cli.coupling.trace import Operation, Trace, Value
+from cahfp_cli.device.cost import Axis, Kind, Operator, Size, Workload
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+VIEWS = frozenset(
+    {"view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"}
+    | {"detach", "alias", "slice", "select", "split", "split_with_sizes", "unbind", "_to_copy", "lift_fresh"}
+)
+FUSED = frozenset(
+    {"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min", "native_dropout", "dropout"}
+)
+"""Activations that runtimes compute while they write a convolution's or product's output."""
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"})
+
+
+def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
+    """The workload of a network at batch 1, from its evaluation-mode trace.
+
+    Args:
+        analysis: of the network.
+        itemsizes: bytes an element of every tensor of the checkpoint.
+    """
+    groups, trace = analysis.groups, analysis.traces[0]
+    sizes = Sizes(groups, analysis.group_of_atom)
+    depends = depends_on_input(trace)
+    storage = storages(trace, depends)
+    operators = [
+        describe(number, operation, trace, sizes, depends)
+        for number, operation in enumerate(trace.operations)
+        if any(depends[value] for value in operation.outputs)
+    ]
+    buffers, live = liveness(trace, depends, storage)
+    return Workload(
+        operators=tuple(operators),
+        families=len(groups.names),
+        full_widths=tuple(np.bincount(groups.family, minlength=len(groups.names)).tolist()),
+        parameters=tuple(
+            (sizes.of_groups(axes), itemsizes[name]) for name, axes in groups.labels.items() if name in itemsizes
+        ),
+        buffers=tuple(sizes.of(trace.values[value].axes) for value in buffers),
+        live=live,
+    )
+
+
+class Sizes:
+    """Turns labels into lengths that are affine in the widths; remembers each array of labels it has seen."""
+
+    def __init__(self, groups: ChannelGroups, group_of_atom: Labels) -> None:
+        self._group_of_atom = group_of_atom
+        self._family = groups.family
+        self._widths = np.bincount(groups.family, minlength=len(groups.names))
+        self._known: dict[int, tuple[Labels, Axis]] = {}
+
+    def axis(self, labels: Labels) -> Axis:
+        """The length of an axis labelled with atoms."""
+        if id(labels) not in self._known:
+            self._known[id(labels)] = (labels, self._axis(self._group_of_atom[labels]))
+        return self._known[id(labels)][1]
+
+    def of(self, axes: Axes) -> Size:
+        """Number of elements of a tensor of the trace."""
+        return Size(tuple(self.axis(labels) for labels in axes))
+
+    def of_groups(self, axes: tuple[Labels, ...]) -> Size:
+        """The same for axes labelled with groups already."""
+        return Size(tuple(self._axis(labels) for labels in axes))
+
+    def _axis(self, groups: Labels) -> Axis:
+        members = groups[groups != KEPT]
+        counts = np.bincount(self._family[members], minlength=len(self._widths))
+        multiplicity = counts // np.maximum(self._widths, 1)
+        # An axis that holds only a part of a family has no whole multiplicity: what is left over counts as constant.
+        constant = len(groups) - int((multiplicity * self._widths).sum())
+        present = np.flatnonzero(multiplicity)
+        return Axis(constant, tuple((int(f), int(multiplicity[f])) for f in present))
+
+
+def depends_on_input(trace: Trace) -> list[bool]:
+    """For each value, whether it is computed from the input; the rest is constant and folded at export."""
+    depends = [False] * len(trace.values)
+    for value in trace.inputs:
+        depends[value] = True
+    for operation in trace.operations:
+        if any(depends[value] for value in operation.inputs):
+            for value in operation.outputs:
+                depends[value] = True
+    return depends
+
+
+def storages(trace: Trace, depends: list[bool]) -> list[int]:
+    """The value in whose memory each value lives: views, folded norms and fused activations take no memory."""
+    storage = [value.storage for value in trace.values]
+    for operation in trace.operations:
+        activations = [value for value in operation.inputs if depends[value]]
+        if operation.outputs and activations and is_folded(operation, trace, depends):
+            storage[operation.outputs[0]] = storage[activations[0]]
+    return storage
+
+
+def is_folded(operation: Operation, trace: Trace, depends: list[bool]) -> bool:
+    """Whether a runtime executes the operator inside its neighbour."""
+    if operation.name in VIEWS or operation.name in FUSED:
+        return True
+    if operation.name in BATCH_NORMS:
+        source = operation.inputs[0]
+        return any(source in op.outputs and op.name in {"convolution", *PRODUCTS} for op in trace.operations)
+    return False
+
+
+def liveness(
+    trace: Trace, depends: list[bool], storage: list[int]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Buffers (as the value that names each), and for each operator the buffers that hold data while it runs."""
+    first: dict[int, int] = {storage[value]: 0 for value in trace.inputs}
+    last: dict[int, int] = {storage[value]: len(trace.operations) for value in trace.results if depends[value]}
+    for step, operation in enumerate(trace.operations):
+        for value in (*operation.inputs, *operation.outputs):
+            if depends[value]:
+                first.setdefault(storage[value], step)
+                last[storage[value]] = max(step, last.get(storage[value], step))
+    buffers = tuple(first)
+    position = {buffer: i for i, buffer in enumerate(buffers)}
+    live = [tuple(position[b] for b in buffers if first[b] <= step <= last[b]) for step in range(len(trace.operations))]
+    return buffers, tuple(dict.fromkeys(live))
+
+
+def describe(number: int, operation: Operation, trace: Trace, sizes: Sizes, depends: list[bool]) -> Operator:
+    """One operator with its arithmetic and traffic."""
+    values = trace.values
+    activations = [value for value in operation.inputs if depends[value]]
+    constants = [values[value] for value in operation.inputs if not depends[value]]
+    out = values[operation.outputs[0]]
+    name = operator_name(number, operation, constants)
+    reads = tuple(sizes.of(values[value].axes) for value in dict.fromkeys(activations))
+    writes = tuple(sizes.of(values[value].axes) for value in operation.outputs)
+    weights = tuple(sizes.of(value.axes) for value in constants)
+    if operation.name == "convolution":
+        weight = constants[0]
+        kind: Kind = "depthwise" if operation.constants["groups"] > 1 and len(weight.axes[1]) == 1 else "conv"
+        per_output = values[activations[0]].axes[:2] if operation.constants["transposed"] else out.axes
+        macs = Size(
+            tuple(sizes.axis(a) for a in (*moved(per_output, values[activations[0]], operation), *weight.axes[1:]))
+        )
+        return Operator(name, kind, (macs,), reads, writes, weights)
+    if operation.name in PRODUCTS:
+        left = values[operation.inputs[-2] if len(operation.inputs) > 1 else operation.inputs[0]]
+        macs = Size(tuple(sizes.axis(a) for a in (*out.axes, left.axes[-1])))
+        return Operator(name, "matmul", (macs,), reads, writes, weights)
+    elementwise_on_one = len(activations) == 1 and is_folded(operation, trace, depends)
+    if elementwise_on_one:
+        return Operator(name, "free")
+    return Operator(name, "memory", (), reads, writes, weights)
+
+
+def moved(per_output: Axes, source: Value, operation: Operation) -> Axes:
+    """Positions at which a convolution's kernel is applied: each output's, or each input's if transposed."""
+    return (*per_output, *source.axes[2:]) if operation.constants["transposed"] else per_output
+
+
+def operator_name(number: int, operation: Operation, constants: list[Value]) -> str:
+    """The layer whose parameter it uses, or its place and kind."""
+    owner = next((value.parameter.name for value in constants if value.parameter is not None), None)
+    return owner.rpartition(".")[0] or owner if owner is not None else f"{operation.name}.{number}"

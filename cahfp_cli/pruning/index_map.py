@@ -1,0 +1,224 @@
+"""Which entries of the global checkpoint a submodel holds: per tensor and axis, the surviving indices.
+
+Pure data: using a map needs no model code and no torch. In the file each distinct index array is stored once, as
+`index.0`, `index.1`, ... (int32); the metadata key `cahfp` holds the table from tensor names to arrays.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array, dtype_code
+from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metadata, read_metadata
+from cahfp_cli.checkpoint.safetensors_file import MAX_AXES, SafetensorsFile, open_safetensors
+from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.errors import InputError
+
+Indices = NDArray[np.int32]
+Selector = tuple[slice | NDArray[np.intp], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorMap:
+    """One tensor: `shape` and `dtype` (safetensors code) are those of the global checkpoint; `axes` has, per axis,
+    the surviving indices (int32, strictly increasing) or None where the whole axis survives.
+
+    Raises: InputError: an axis whose indices are not that, or are not in the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[Indices | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {shown(self.dtype)} is none of {', '.join(DTYPES)}.")
+        if len(self.axes) != len(self.shape):
+            raise InputError(f"it has {len(self.axes)} axes, but the global tensor has {len(self.shape)}.")
+        for axis, (indices, length) in enumerate(zip(self.axes, self.shape, strict=True)):
+            if indices is not None:
+                _check_indices(indices, length, axis)
+
+    @property
+    def submodel_shape(self) -> tuple[int, ...]:
+        pairs = zip(self.axes, self.shape, strict=True)
+        return tuple(length if indices is None else len(indices) for indices, length in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class IndexMap:
+    """All tensors of a submodel. `checkpoint` is the content digest of the global checkpoint that it belongs to."""
+
+    checkpoint: str
+    tensors: dict[str, TensorMap]
+
+
+def gather(array: Array, tensor_map: TensorMap) -> Array:
+    """The submodel's tensor, a new array of `submodel_shape`, from the global one; no bit changes.
+
+    Raises: InputError: `array` does not have the shape or dtype of the map.
+    """
+    _check_array(array, tensor_map.shape, tensor_map.dtype)
+    return np.array(array[selector(tensor_map.axes, tensor_map.shape)], dtype=array.dtype, copy=True, order="C")
+
+
+def scatter(submodel_array: Array, tensor_map: TensorMap, into: Array) -> None:
+    """Write the submodel's tensor to its places in the global tensor `into`, in place; the inverse of `gather`.
+
+    Raises: InputError: an array does not have the shape or dtype of the map.
+    """
+    _check_array(submodel_array, tensor_map.submodel_shape, tensor_map.dtype)
+    _check_array(into, tensor_map.shape, tensor_map.dtype)
+    into[selector(tensor_map.axes, tensor_map.shape)] = submodel_array
+
+
+def selector(axes: tuple[NDArray[np.integer] | None, ...], shape: tuple[int, ...]) -> Selector:
+    """What to index an array of `shape` with to reach the coordinates that `axes` select (None = whole axis).
+
+    Whole axes before the first selected one and after the last stay slices, which NumPy copies fastest; those in
+    between must become index arrays, because NumPy moves separated index arrays' axes to the front.
+    """
+    chosen = [axis for axis, indices in enumerate(axes) if indices is not None]
+    if not chosen:
+        return tuple(slice(None) for _ in shape)
+    between = range(chosen[0], chosen[-1] + 1)
+    pairs = [(axes[axis], shape[axis]) for axis in between]
+    grids = np.ix_(*(np.arange(length) if indices is None else indices.astype(np.intp) for indices, length in pairs))
+    return (*(slice(None) for _ in range(chosen[0])), *grids)
+
+
+class TensorRecord(Record):
+    """A tensor in the table: each entry of `axes` is the number of an index array, or null for a whole axis."""
+
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_AXES)]
+    dtype: str
+    axes: Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(max_length=MAX_AXES)]
+
+
+class IndexMapMetadata(Record):
+    """Metadata of `index_map.safetensors`."""
+
+    format: Literal["cahfp.index_map/1"] = "cahfp.index_map/1"
+    checkpoint: Digest
+    tensors: dict[str, TensorRecord]
+    provenance: Provenance
+
+
+def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> None:
+    """Write exactly `path` (see checkpoint/atomic.py for safety); equal maps give equal bytes."""
+    numbers: dict[bytes, int] = {}
+    arrays: dict[str, Array] = {}
+
+    def number(indices: Indices | None) -> int | None:
+        if indices is None:
+            return None
+        place = numbers.setdefault(indices.tobytes(), len(numbers))
+        arrays[f"index.{place}"] = indices
+        return place
+
+    table = {
+        name: TensorRecord(shape=entry.shape, dtype=entry.dtype, axes=tuple(map(number, entry.axes)))
+        for name, entry in sorted(index_map.tensors.items())
+    }
+    record = IndexMapMetadata(checkpoint=index_map.checkpoint, tensors=table, provenance=provenance)
+    save_arrays(path, arrays, dump_metadata(record))
+
+
+def read_index_map(path: Path) -> IndexMap:
+    """Read and validate a map.
+
+    Raises: InputError: not a sound safetensors file, a table that does not fit the schema, references to arrays that
+        are not there, or indices that are not int32, one-dimensional, strictly increasing and within their axis.
+    """
+    with open_safetensors(path) as file:
+        record = read_metadata(file, IndexMapMetadata)
+        arrays = _read_arrays(file)
+    tensors = {}
+    used: set[int] = set()
+    for name, entry in record.tensors.items():
+        numbers = [number for number in entry.axes if number is not None]
+        for number in numbers:
+            if number not in arrays:
+                raise InputError(f"{path}: tensor {shown(name)} refers to 'index.{number}', which is not in the file.")
+        used.update(numbers)
+        axes = tuple(None if number is None else arrays[number] for number in entry.axes)
+        try:
+            tensors[name] = TensorMap(entry.shape, entry.dtype, axes)
+        except InputError as error:
+            raise InputError(
+                f"{path}: tensor {shown(name)}: {error}\nThe map is damaged or belongs to another "
+                "checkpoint: prune again."
+            ) from None
+    if used != arrays.keys():
+        raise InputError(f"{path}: 'index.{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
+    return IndexMap(record.checkpoint, tensors)
+
+
+def check_against(index_map: IndexMap, file: SafetensorsFile) -> None:
+    """Check that the map's tensors are those of the global checkpoint `file`, with the same shapes and dtypes.
+
+    Integer and boolean tensors of the checkpoint may be absent from the map; every float tensor must be there.
+
+    Raises: InputError: names differ, or a shape or dtype does.
+    """
+    extra = sorted(index_map.tensors.keys() - file.tensors.keys())
+    floats = {name for name, info in file.tensors.items() if info.dtype in FLOATS}
+    missing = sorted(floats - index_map.tensors.keys())
+    if extra:
+        raise InputError(f"{file.path}: it lacks tensors that the index map names: {listed(extra)}.")
+    if missing:
+        raise InputError(f"{file.path}: the index map lacks tensors of this checkpoint: {listed(missing)}.")
+    for name, entry in index_map.tensors.items():
+        info = file.tensors[name]
+        if (entry.shape, entry.dtype) != (info.shape, info.dtype):
+            raise InputError(
+                f"{file.path}: tensor {shown(name)} is {info.dtype} {list(info.shape)}, but the index map was made for "
+                f"{entry.dtype} {list(entry.shape)}."
+            )
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(shown, names[:5])) + rest
+
+
+def _read_arrays(file: SafetensorsFile) -> Mapping[int, Indices]:
+    names = {f"index.{number}": number for number in range(len(file.tensors))}
+    arrays = {}
+    for name, info in file.tensors.items():
+        if name not in names:
+            raise InputError(
+                f"{file.path}: it holds a tensor {shown(name)}; an index map holds only index.0, index.1, ..."
+            )
+        if info.dtype != "I32" or len(info.shape) != 1:
+            raise InputError(
+                f"{file.path}: '{name}' is {info.dtype} {list(info.shape)}; indices are I32 with one axis."
+            )
+        arrays[names[name]] = file.read(name)
+    return arrays
+
+
+def _check_indices(indices: Indices, length: int, axis: int) -> None:
+    if indices.dtype != np.int32 or indices.ndim != 1:
+        raise InputError(f"axis {axis} has {indices.dtype} indices with {indices.ndim} axes, not int32 with one.")
+    if np.any(indices[1:] <= indices[:-1]):
+        raise InputError(f"axis {axis} has indices that are repeated or not in increasing order.")
+    if len(indices) and not 0 <= indices[0] <= indices[-1] < length:
+        wrong = indices[0] if indices[0] < 0 else indices[-1]
+        raise InputError(
+            f"axis {axis} has index {wrong}, but the global tensor has length {length} there (0-{length - 1})."
+        )
+
+
+def _check_array(array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    if array.shape != shape or dtype_code(array.dtype) != dtype:
+        raise InputError(
+            f"an array is {array.dtype} {list(array.shape)}, but the index map says {dtype} {list(shape)}."
+        )

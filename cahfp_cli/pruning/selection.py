@@ -1,0 +1,140 @@
+"""Which channel groups a device keeps: the most significant ones, as many as its budget allows.
+
+Every family keeps the same share of its groups, the largest share that fits; what the budget then still allows is
+spent group by group, on the most significance a marginal cost. Costs are those of the actual widths.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cahfp_cli.device.cost import Cost, CostModel
+from cahfp_cli.errors import BudgetError
+from cahfp_cli.pruning.budget import Budget, Limits, limits_of, shown, values_of
+
+Mask = NDArray[np.bool_]
+Widths = NDArray[np.int64]
+MIN_WIDTH = 1
+SHARE_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Selection:
+    """kept: boolean (groups,). cost and full: of the submodel and of the whole network. limits: what had to hold.
+    binding: the limit that is closest to being reached, None without one."""
+
+    kept: Mask
+    cost: Cost
+    full: Cost
+    limits: Limits
+    binding: str | None
+
+
+def select(significance: NDArray[np.float64], family: Widths, model: CostModel, budget: Budget) -> Selection:
+    """Choose the groups to keep.
+
+    Args:
+        significance: float64 (groups,), larger is worth more; ties go to the lower group number.
+        family: int64 (groups,).
+        model: costs as a function of the widths.
+        budget: all its limits hold in the result.
+    Raises:
+        BudgetError: one group in every family is already too much; the message has the smallest reachable values.
+    """
+    full_widths = np.asarray(model.workload.full_widths, dtype=np.int64)
+    full = model.cost(full_widths)
+    limits = limits_of(budget, full)
+    most = np.maximum(np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64), MIN_WIDTH)
+    check_reachable(model, limits, full_widths)
+    widths = grow(significance, family, model, limits, uniform(model, limits, full_widths, most), most)
+    kept = strongest(significance, family, widths)
+    cost = model.cost(widths)
+    excess = limits.excess(cost)
+    binding = max(excess, key=lambda name: excess[name]) if excess else ("keep" if budget.keep else None)
+    return Selection(kept, cost, full, limits, binding)
+
+
+def check_reachable(model: CostModel, limits: Limits, full_widths: Widths) -> None:
+    """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
+    narrowest = model.cost(np.minimum(full_widths, MIN_WIDTH))
+    broken = [name for name, excess in limits.excess(narrowest).items() if excess > 1]
+    if broken:
+        parts = [
+            f"{name} {shown(name, limits.by_name[name])} (smallest reachable: "
+            f"{shown_up(name, float(values_of(narrowest, name)))})"
+            for name in broken
+        ]
+        raise BudgetError(
+            f"the budget cannot be met even with one channel a layer: {', '.join(parts)}.\n"
+            "Raise the budget, or start from a smaller network."
+        )
+
+
+def shown_up(name: str, value: float) -> str:
+    """As `shown`, rounded so that the text is never below the value: it can be passed back as a budget."""
+    if name in ("memory", "storage"):
+        return f"{ceil(value / 1e3)} KB"
+    if name == "latency":
+        return f"{ceil(value * 1e7) / 10:.1f} us" if value < 1e-3 else f"{ceil(value * 1e5) / 100:.2f} ms"
+    return str(ceil(value))
+
+
+def uniform(model: CostModel, limits: Limits, full_widths: Widths, most: Widths) -> Widths:
+    """Widths of the largest share, the same in every family, that fits; costs grow with widths, so bisection works."""
+
+    def of(share: float) -> Widths:
+        widths = np.floor(full_widths * share + 0.5).astype(np.int64)
+        return np.clip(widths, MIN_WIDTH, most)
+
+    if limits.fit(model.cost(most)).all():
+        return most
+    low, high = 0.0, 1.0
+    for _ in range(SHARE_STEPS):
+        middle = (low + high) / 2
+        if limits.fit(model.cost(of(middle))).all():
+            low = middle
+        else:
+            high = middle
+    return of(low)
+
+
+def grow(
+    significance: NDArray[np.float64],
+    family: Widths,
+    model: CostModel,
+    limits: Limits,
+    widths: Widths,
+    most: Widths,
+) -> Widths:
+    """Spend what is left of the budget: again and again the best affordable next group, by significance a cost."""
+    ranked = by_family(significance, family, len(widths))
+    widths = widths.copy()
+    while (growing := np.flatnonzero(widths < most)).size:
+        candidates = np.repeat(widths[None], len(growing), axis=0)
+        candidates[np.arange(len(growing)), growing] += 1
+        cost = model.cost(candidates)
+        fits = limits.fit(cost)
+        if not fits.any():
+            break
+        now = model.cost(widths)
+        increase = sum((values_of(cost, name) - values_of(now, name)) / limit for name, limit in limits.by_name.items())
+        worth = np.array([significance[ranked[f][widths[f]]] for f in growing])
+        gain = worth / np.maximum(increase, 1e-12)
+        widths[growing[int(np.argmax(np.where(fits, gain, -np.inf)))]] += 1
+    return widths
+
+
+def by_family(significance: NDArray[np.float64], family: Widths, families: int) -> list[NDArray[np.int64]]:
+    """Group numbers of each family, the most significant first."""
+    order = np.argsort(-significance, kind="stable")
+    return [order[family[order] == f] for f in range(families)]
+
+
+def strongest(significance: NDArray[np.float64], family: Widths, widths: Widths) -> Mask:
+    """The mask that keeps the `widths[f]` most significant groups of each family f."""
+    kept = np.zeros(len(significance), dtype=bool)
+    for members, width in zip(by_family(significance, family, len(widths)), widths, strict=True):
+        kept[members[:width]] = True
+    return kept

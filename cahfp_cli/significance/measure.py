@@ -1,0 +1,67 @@
+"""From a network and calibration data to one number a channel group."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from cahfp_cli.coupling.groups import ChannelGroups
+from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.errors import InputError
+from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.significance.gates import Floats, GateStatistics, gate_statistics
+from cahfp_cli.significance.registry import Criterion, Evidence
+
+
+@dataclass(frozen=True)
+class Measured:
+    """significance: float64 (groups,). gates: None for a criterion that looks at no data."""
+
+    significance: Floats
+    gates: GateStatistics | None
+
+
+def subset(dataset: Dataset, samples: int, seed: int) -> Dataset:
+    """A random subset without repetition, in the data's order; all of it if there are fewer."""
+    if samples >= len(dataset):
+        return dataset
+    chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
+    return Dataset(dataset.x[chosen], dataset.y[chosen], dataset.classes, dataset.name)
+
+
+def measure(
+    model: nn.Module,
+    groups: ChannelGroups,
+    criterion: Criterion,
+    calibration: Dataset | None,
+    batch_size: int,
+    draws: int | None,
+    seed: int,
+    on_progress: Callable[[int, int], None],
+) -> Measured:
+    """Apply a criterion.
+
+    Args:
+        model: on the device to compute on.
+        calibration: needed by criteria that look at gates.
+    Raises: InputError: a score is not finite, or gates cannot be measured.
+    """
+    gates = None
+    if criterion.needs_gates:
+        if calibration is None:
+            raise ValueError(f"{criterion.name} needs calibration data")
+        gates = gate_statistics(
+            model,
+            groups,
+            calibration.x,
+            calibration.y,
+            batch_size=batch_size,
+            draws=draws,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    significance = criterion.function(Evidence(groups, state_arrays(model), gates, seed))
+    if not np.isfinite(significance).all():
+        raise InputError(f"{criterion.name} gives NaN or Inf for {int((~np.isfinite(significance)).sum())} groups")
+    return Measured(significance, gates)

@@ -1,0 +1,49 @@
+"""Where to compute, and how to make it repeatable."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cahfp_cli.errors import UsageError
+
+NAMES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first of cuda, mps, cpu that is there.
+
+    Raises: UsageError: no such name, or the machine has none.
+    """
+    if name not in NAMES:
+        raise UsageError(f"no device {name!r}: use one of {', '.join(NAMES)}.")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if not present[name]:
+        raise UsageError(f"--device {name}: PyTorch finds no {name} device here. Use --device auto or cpu.")
+    return torch.device(name)
+
+
+def use_threads(n: int | None) -> None:
+    """Let PyTorch compute on `n` CPU threads from now on; None leaves its own choice."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
+@contextmanager
+def repeatable(seed: int, device: torch.device) -> Iterator[None]:
+    """Run the block with the random state of `seed` and deterministic algorithms, then put both back.
+
+    An operator without a deterministic form warns and still runs.
+    """
+    was_on = torch.are_deterministic_algorithms_enabled()
+    was_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_on, warn_only=was_warn)

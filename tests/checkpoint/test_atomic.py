@@ -1,0 +1,166 @@
+"""A killed or failed writer leaves the old output or the new one, and nothing beside it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cahfp_cli.checkpoint import atomic
+from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file, refuse_overwrite
+from cahfp_cli.errors import InputError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def submodel(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "report.json").write_text(text)
+    return folder
+
+
+def test_file_appears_only_when_complete(tmp_path):
+    with atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "x").exists()
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith(".x.")
+    assert (tmp_path / "x").read_text() == "new"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_any_exception_leaves_the_old_output_and_nothing_else(tmp_path, failure):
+    (tmp_path / "x").write_text("old")
+    submodel(tmp_path / "d", "old")
+    with pytest.raises(failure), atomic_file(tmp_path / "x", force=True) as temporary:
+        temporary.write_text("new")
+        raise failure
+    with pytest.raises(failure), atomic_directory(tmp_path / "d", force=True) as folder:
+        (folder / "report.json").write_text("new")
+        raise failure
+    assert (tmp_path / "x").read_text() == (tmp_path / "d" / "report.json").read_text() == "old"
+    assert names(tmp_path) == ["d", "x"]
+
+
+def test_nothing_is_overwritten_without_force(tmp_path):
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "x", tmp_path, tmp_path / "dangling"):
+        for write in (atomic_file, atomic_directory):
+            with pytest.raises(InputError, match=r"exists: pass --force"), write(path):
+                pass
+    refuse_overwrite(tmp_path / "x", force=True)
+    with atomic_file(tmp_path / "x", force=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_output_that_came_into_being_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    for rename in (atomic._renameat2, lambda *_: False):
+        monkeypatch.setattr(atomic, "_renameat2", rename)
+        with pytest.raises(InputError, match="exists"), atomic_file(tmp_path / "x") as temporary:
+            temporary.write_text("new")
+            (tmp_path / "x").write_text("other")
+        assert (tmp_path / "x").read_text() == "other"
+        (tmp_path / "x").unlink()
+        assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
+    submodel(tmp_path / "d", "old")
+    (tmp_path / "d" / "extra").write_text("old")
+    with atomic_directory(tmp_path / "d", force=True) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("new")
+    assert names(tmp_path) == ["d"]
+    assert names(tmp_path / "d") == ["sub"]
+
+
+def test_without_exchange_a_kill_between_the_renames_is_repaired(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
+    submodel(tmp_path / ".d.old", "old")
+    with pytest.raises(ValueError), atomic_directory(tmp_path / "d", force=True):
+        assert (tmp_path / "d" / "report.json").read_text() == "old"
+        raise ValueError
+    assert names(tmp_path) == ["d"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, monkeypatch):
+    home = submodel(tmp_path / "home", "")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(home))
+    for path in (home, foreign, tmp_path / "file"):
+        with pytest.raises(InputError, match=str(path)), atomic_directory(path, force=True):
+            pass
+    monkeypatch.chdir(submodel(tmp_path / "here", ""))
+    with pytest.raises(InputError, match="working folder"), atomic_directory(Path("."), force=True):
+        pass
+    assert names(tmp_path) == ["file", "foreign", "here", "home"]
+
+
+def test_devices_and_folders_are_not_replaced_by_a_file(tmp_path):
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(InputError, match="not a file"), atomic_file(path, force=True):
+            pass
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with atomic_file(tmp_path / "link", force=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "real").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_missing_or_unwritable_folder_is_named(tmp_path):
+    for write in (atomic_file, atomic_directory):
+        with pytest.raises(InputError, match=str(tmp_path / "missing")), write(tmp_path / "missing" / "x"):
+            pass
+        with pytest.raises(InputError, match="/proc"), write(Path("/proc/x")):
+            pass
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file
+write = {"file": atomic_file, "folder": atomic_directory}[sys.argv[1]]
+with write(Path(sys.argv[2]), force=True) as temporary:
+    (temporary if sys.argv[1] == "file" else temporary / "half").write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_leftovers_of_killed_writers_are_removed_and_those_of_living_ones_are_not(tmp_path, kind):
+    command = [sys.executable, "-c", WRITER, kind, str(tmp_path / "x")]
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    dead, living = writers
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == b"ready\n"
+        assert len(names(tmp_path)) == 2
+        os.kill(dead.pid, signal.SIGKILL)
+        dead.wait()
+        (tmp_path / f".x.{dead.pid}.note.tmp").write_text("not a leftover of ours")
+        with (atomic_file if kind == "file" else atomic_directory)(tmp_path / "x"):
+            left = [name for name in names(tmp_path) if name.startswith(f".x.{dead.pid}.")]
+            assert left == [f".x.{dead.pid}.note.tmp"]
+            assert any(name.startswith(f".x.{living.pid}.") for name in names(tmp_path))
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()

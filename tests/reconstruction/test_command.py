@@ -1,0 +1,174 @@
+"""`cahfp reconstruct` as a process: streams, exit codes, kills, and what it imports."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+from fleet import fleet
+
+from cahfp_cli.checkpoint.digest import content_digest
+from cahfp_cli.checkpoint.metadata import CheckpointMetadata, read_metadata
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+
+# Only this command, so that the test does not depend on the others.
+MAIN = """
+import sys, typer
+from cahfp_cli.commands.reconstruct import reconstruct
+from cahfp_cli.errors import CahfpError
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(reconstruct)
+try:
+    app()
+except CahfpError as error:
+    sys.stderr.write(f"error: {error}\\n")
+    sys.exit(error.exit_code)
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def run(*arguments: object, **options):
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_importing_and_running_never_imports_torch_and_the_core_never_typer_or_rich():
+    code = (
+        "import sys\n"
+        "import cahfp_cli.reconstruction.merge, cahfp_cli.checkpoint.atomic, cahfp_cli.provenance\n"
+        "assert not {'torch', 'typer', 'rich', 'onnx'} & sys.modules.keys()\n"
+        "import cahfp_cli.commands.reconstruct\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_is_one_object_and_describes_the_file(tmp_path):
+    it = fleet(tmp_path, 4, 2)
+    output = tmp_path / "out.safetensors"
+    done = run(it.checkpoint, *it.folders, "-o", output, "--json", "--rule", "covered", "--weight", f"{it.folders[0]}=12")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["digest"] == content_digest(output)
+    assert {client["folder"]: client["num_examples"] for client in result["clients"]} == {
+        str(it.folders[0]): 12.0, str(it.folders[1]): it.examples[1]
+    }
+    with open_safetensors(output) as file:
+        provenance = read_metadata(file, CheckpointMetadata).provenance
+    assert provenance.options == {"rule": "covered", "weights": [["client0", 12.0]]}
+    assert [entry.file for entry in provenance.inputs] == [
+        "client0/index_map.safetensors", "client0/submodel.safetensors", "client1/index_map.safetensors",
+        "client1/submodel.safetensors", "global.safetensors",
+    ]
+
+
+def test_human_result_on_stdout_and_order_does_not_change_the_bytes(tmp_path):
+    it = fleet(tmp_path, 4, 3)
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run(it.checkpoint, *it.folders, "-o", one)
+    assert done.returncode == 0
+    assert "client2" in done.stdout
+    assert f"wrote {one}" in done.stdout
+    assert done.stderr == ""
+    run(it.checkpoint, *reversed(it.folders), "-o", two, "--quiet")
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--rule", "mean"], 2, "fill, covered"),
+        (["--weight", "x"], 2, "DIR=N"),
+        (["--weight", "x=many"], 2, "DIR=N"),
+        (["--weight", "x=3"], 2, "not one of"),
+        (["extra-folder"], 3, "extra-folder"),
+    ],
+)
+def test_exit_codes(tmp_path, arguments, code, words):
+    it = fleet(tmp_path, 4, 1)
+    done = run(it.checkpoint, it.folders[0], "-o", tmp_path / "out", *arguments)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path):
+    it = fleet(tmp_path, 4, 2)
+    before = sorted(tmp_path.iterdir())
+    done = run(it.checkpoint, *it.folders, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["written"] is False
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_many_clients_need_few_open_files(tmp_path):
+    it = fleet(tmp_path, 4, 60)
+    done = run(
+        it.checkpoint, *it.folders, "-o", tmp_path / "out",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_kill_at_any_moment_leaves_the_old_output_or_the_whole_new_one(tmp_path, old):
+    it = fleet(tmp_path, 6, 3, widths=(3, 400, 300))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    output = folder / "merged.safetensors"
+    command = [sys.executable, "-c", MAIN, str(it.checkpoint), *map(str, it.folders), "-o", str(output), "--force"]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    duration, whole = time.monotonic() - start, output.read_bytes()
+    half_seen = 0
+    for share in (0.5, 0.7, 0.8, 0.85, 0.9, 0.95):
+        output.unlink() if old is None else output.write_bytes(old)
+        killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(duration * share)
+        killed.kill()
+        killed.wait()
+        half_seen += any(path.name.startswith(".") for path in folder.iterdir())
+        assert (output.read_bytes() if output.exists() else None) in (old, whole)
+        subprocess.run(command, check=True, capture_output=True)
+        assert output.read_bytes() == whole
+        assert os.listdir(folder) == [output.name]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from cahfp_cli.checkpoint.metadata import Provenance
+from cahfp_cli.reconstruction.merge import reconstruct
+def wait(done, total):
+    print(done, flush=True)
+    if done >= total * float(sys.argv[1]):
+        time.sleep(60)
+checkpoint, output, *folders = map(Path, sys.argv[2:])
+reconstruct(checkpoint, folders, output, provenance=Provenance(tool="t", command="c"), on_progress=wait)
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
+def test_a_kill_in_the_middle_of_writing_leaves_no_output(tmp_path, share):
+    it = fleet(tmp_path, 6, 2)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    output = folder / "merged.safetensors"
+    command = [sys.executable, "-c", SLOW, str(share), str(it.checkpoint), str(output), *map(str, it.folders)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    total = it.checkpoint.stat().st_size
+    with open_safetensors(it.checkpoint) as file:
+        total = sum(info.nbytes for info in file.tensors.values())
+    while int(writer.stdout.readline()) < total * share:
+        pass
+    assert [path.name[:20] for path in folder.iterdir()] == [".merged.safetensors."]
+    writer.kill()
+    writer.communicate()
+    assert not output.exists()
+    assert run(it.checkpoint, *it.folders, "-o", output).returncode == 0
+    assert os.listdir(folder) == [output.name]

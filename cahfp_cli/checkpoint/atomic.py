@@ -40,10 +40,19 @@ def check_file_target(path: Path, force: bool) -> Path:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise InputError(f"{path}: it is a folder or a device, not a file; name a file to write.")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: there is no such folder; create it first.")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{target.parent}: cannot write into this folder (permission denied).")
+    _check_parent(target)
+    return target
+
+
+def check_folder_target(path: Path, force: bool) -> Path:
+    """The real path of a folder that is to be written; long commands call this before they start.
+
+    Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable.
+    """
+    refuse_overwrite(path, force)
+    target = Path(os.path.realpath(path))
+    _check_replaceable(path, target)
+    _check_parent(target)
     return target
 
 
@@ -80,9 +89,7 @@ def atomic_directory(path: Path, force: bool = False) -> Iterator[Path]:
 
     Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable.
     """
-    refuse_overwrite(path, force)
-    target = Path(os.path.realpath(path))
-    _check_replaceable(path, target)
+    target = check_folder_target(path, force)
     _restore(target)
     remove_leftovers(target)
     temporary, lock = _claim(target, folder=True)
@@ -171,6 +178,15 @@ def _lock(leftover: Path) -> int | None:
         os.close(lock)
         return None
     return lock
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.parent
+    if not parent.is_dir():
+        fault = "it is a file, not a folder" if parent.exists() else "there is no such folder; create it first"
+        raise InputError(f"{parent}: {fault}.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent}: cannot write into this folder (permission denied).")
 
 
 def _check_replaceable(path: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cahfp_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from cahfp_cli.checkpoint.metadata import ModelSpec
     from cahfp_cli.pruning.submodel import LoadedSubmodel
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Network:
     """A network from a checkpoint or a submodel folder; `submodel` is None for the former.
 
-    digest: content digest of the global checkpoint. files: what was read, for provenance.
+    digest: content digest of the global checkpoint. files: what was read, for provenance. tensors: those of the
+    file, in its own dtypes.
     """
 
     model: "nn.Module"
@@ -27,6 +28,7 @@ class Network:
     classes: int
     digest: str
     files: tuple[Path, ...]
+    tensors: "Mapping[str, Tensor]"
     submodel: "LoadedSubmodel | None"
 
 
@@ -53,8 +55,16 @@ def open_network(
             )
         loaded = load_submodel(path, model)
         about = loaded.metadata
-        files = (path / TENSORS, path / INDEX_MAP)
-        return Network(loaded.model, about.model, about.input_shape, about.classes, about.checkpoint, files, loaded)
+        return Network(
+            model=loaded.model,
+            spec=about.model,
+            input_shape=about.input_shape,
+            classes=about.classes,
+            digest=about.checkpoint,
+            files=(path / TENSORS, path / INDEX_MAP),
+            tensors=loaded.tensors,
+            submodel=loaded,
+        )
     checkpoint = load_checkpoint(
         path,
         model=model,
@@ -63,13 +73,14 @@ def open_network(
         classes=classes,
     )
     return Network(
-        checkpoint.model,
-        checkpoint.spec,
-        checkpoint.input_shape,
-        checkpoint.classes,
-        checkpoint.digest,
-        (path,),
-        None,
+        model=checkpoint.model,
+        spec=checkpoint.spec,
+        input_shape=checkpoint.input_shape,
+        classes=checkpoint.classes,
+        digest=checkpoint.digest,
+        files=(path,),
+        tensors=checkpoint.tensors,
+        submodel=None,
     )
 
 

@@ -72,28 +72,30 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
-    from cahfp_cli.checkpoint.atomic import refuse_overwrite
+    from cahfp_cli.device.catalogue import load_profile
+
+    # Slips in what was typed are answered here, before torch is imported.
+    console = Console(json, quiet)
+    profiles = [load_profile(name) for name in profile or []]
+    budget = parse_budget(latency, memory, storage, macs, params, keep)
+    targets = make_targets(profiles, budget, output)
+    check_targets(targets, output, force)
+    if checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
+
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
     from cahfp_cli.commands.networks import given, open_network
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.device.catalogue import load_profile
+    from cahfp_cli.models.checkpoint_io import to_array
     from cahfp_cli.provenance import provenance
-    from cahfp_cli.pruning.submodel import check_round_trip, cut, make_index_map, write_submodel
+    from cahfp_cli.pruning.submodel import cut, gather_all, make_index_map, write_submodel
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
 
-    console = Console(json, quiet)
     use_threads(threads)
     where = pick_device(device)
-    profiles = [load_profile(name) for name in profile or []]
-    budget = parse_budget(latency, memory, storage, macs, params, keep)
-    targets = make_targets(profiles, budget, output)
-    for target in targets:
-        refuse_overwrite(target.folder, force)
-    if checkpoint.is_dir():
-        raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
     network = open_network(checkpoint, model, model_arg, input_shape, classes)
     dataset = load_data(data, data_root=data_root, default_split="test") if data else None
     if dataset is not None:
@@ -104,6 +106,7 @@ def prune(
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
+    arrays = {name: to_array(tensor, name) for name, tensor in network.tensors.items()}
     limits = given(
         {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
     )
@@ -111,8 +114,8 @@ def prune(
     with console.progress("pruning") as progress:
         for target, selection in zip(targets, selections, strict=True):
             submodel = cut(network.model, analysis, selection.kept)
-            index_map = make_index_map(network.model, analysis.groups, selection.kept, network.digest)
-            check_round_trip(network.model, submodel, index_map)
+            index_map = make_index_map(arrays, analysis.groups, selection.kept, network.digest)
+            compact = gather_all(arrays, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
             report = describe(target, selection, significance, analysis, before, after, data)
             if not dry_run:
@@ -132,6 +135,7 @@ def prune(
                 report = write_submodel(
                     target.folder,
                     submodel.cpu(),
+                    compact,
                     index_map,
                     metadata,
                     report,
@@ -153,12 +157,12 @@ def parse_budget(
     from cahfp_cli.pruning.budget import Budget
 
     return Budget(
-        latency=parse_seconds(latency) if latency else None,
-        memory=parse_bytes(memory) if memory else None,
-        storage=parse_bytes(storage) if storage else None,
-        macs=parse_limit(macs) if macs else None,
-        params=parse_limit(params) if params else None,
-        keep=parse_share(keep) if keep else None,
+        latency=None if latency is None else parse_seconds(latency),
+        memory=None if memory is None else parse_bytes(memory),
+        storage=None if storage is None else parse_bytes(storage),
+        macs=None if macs is None else parse_limit(macs),
+        params=None if params is None else parse_limit(params),
+        keep=None if keep is None else parse_share(keep),
     )
 
 
@@ -186,6 +190,14 @@ def make_targets(profiles: Sequence["DeviceProfile"], budget: "Budget", output: 
         own = budget_of_profile(profile.budget) if profile.budget is not None else budget
         targets.append(Target(output / profile.name, profile, budget or own))
     return targets
+
+
+def check_targets(targets: Sequence[Target], output: Path, force: bool) -> None:
+    """Raises: InputError: a folder exists without `force` or must not be replaced, or cannot be written."""
+    from cahfp_cli.checkpoint.atomic import check_folder_target
+
+    for target in targets:
+        check_folder_target(target.folder if target.folder.parent.exists() else output, force)
 
 
 def read_significance(

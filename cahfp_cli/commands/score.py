@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.output import Console
+from cahfp_cli.output import Console, Json
 
 
 def score(
@@ -36,25 +36,27 @@ def score(
     force: options.Force = False,
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
+    from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target
+    from cahfp_cli.errors import InputError, UsageError
+
+    console = Console(json, quiet)
+    check_file_target(output, force)  # before torch is imported
+    if checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is a folder: scores are measured on the global checkpoint.")
+
     import numpy as np
 
-    from cahfp_cli.checkpoint.atomic import atomic_file, refuse_overwrite
     from cahfp_cli.commands.networks import given, open_network
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.errors import InputError, UsageError
     from cahfp_cli.provenance import provenance
     from cahfp_cli.significance.measure import measure, subset
     from cahfp_cli.significance.registry import find_criterion
     from cahfp_cli.significance.scores import Scores, ScoresMetadata, write_scores
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
 
-    console = Console(json, quiet)
     chosen = find_criterion(criterion)
-    refuse_overwrite(output, force)
-    if checkpoint.is_dir():
-        raise UsageError(f"{checkpoint} is a folder: scores are measured on the global checkpoint.")
     use_threads(threads)
     where = pick_device(device)
     network = open_network(checkpoint, model, model_arg, input_shape, classes)
@@ -71,7 +73,7 @@ def score(
     network.model.to(where)
     with repeatable(seed, where), console.progress("scoring") as progress:
         found = measure(network.model, analysis.groups, chosen, calibration, batch_size, draws, seed, progress)
-    recorded = {"criterion": criterion, "seed": seed}
+    recorded: Json = {"criterion": criterion, "seed": seed}
     if chosen.needs_gates:
         recorded |= given({"data": data, "samples": samples, "draws": draws, "batch_size": batch_size})
     metadata = ScoresMetadata(

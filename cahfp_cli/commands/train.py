@@ -54,7 +54,15 @@ def train(
     force: options.Force = False,
 ) -> None:
     """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
-    from cahfp_cli.checkpoint.atomic import refuse_overwrite
+    from cahfp_cli.checkpoint.atomic import check_file_target, check_folder_target
+
+    console = Console(json, quiet)
+    if schedule not in ("cosine", "constant"):
+        raise UsageError(f"--schedule {schedule!r}: choose cosine or constant")
+    # Before torch is imported, and long before training ends.
+    check_target = check_folder_target if source is not None and source.is_dir() else check_file_target
+    check_target(output, force)
+
     from cahfp_cli.commands.networks import given
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
@@ -64,9 +72,6 @@ def train(
     from cahfp_cli.training.sgd import TrainOptions, check_options
     from cahfp_cli.training.sgd import train as run
 
-    console = Console(json, quiet)
-    if schedule not in ("cosine", "constant"):
-        raise UsageError(f"--schedule {schedule!r}: choose cosine or constant")
     how = TrainOptions(
         epochs=epochs,
         steps=steps,
@@ -81,7 +86,6 @@ def train(
         grad_clip=grad_clip,
     )
     check_options(how)
-    refuse_overwrite(output, force)
     use_threads(threads)
     where = pick_device(device)
     dataset = load_data(data, data_root=data_root)
@@ -151,7 +155,7 @@ def start(
     spec = ModelSpec(spec=model, args=parse_model_args(model_arg or []))
     shape = parse_shape(input_shape) or dataset.input_shape
     outputs = classes or dataset.classes
-    return Network(build(spec, shape, outputs, seed), spec, shape, outputs, "", (), None)
+    return Network(build(spec, shape, outputs, seed), spec, shape, outputs, "", (), {}, None)
 
 
 def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", metrics: "Metrics | None") -> Json:
@@ -191,7 +195,7 @@ def write_trained_submodel(
     """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on."""
     from cahfp_cli.pruning.files import REPORT
     from cahfp_cli.pruning.report import read_report
-    from cahfp_cli.pruning.submodel import write_submodel
+    from cahfp_cli.pruning.submodel import trained_arrays, write_submodel
 
     submodel = network.submodel
     assert submodel is not None
@@ -199,5 +203,12 @@ def write_trained_submodel(
     before = submodel.folder / REPORT
     report = {key: value for key, value in read_report(before).items() if key != "onnx"} if before.is_file() else {}
     return write_submodel(
-        output, network.model, submodel.index_map, metadata, {**report, **result}, onnx=onnx, force=force
+        output,
+        network.model,
+        trained_arrays(network.model, submodel.index_map),
+        submodel.index_map,
+        metadata,
+        {**report, **result},
+        onnx=onnx,
+        force=force,
     )

@@ -130,7 +130,8 @@ def trace(
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         shape = "x".join(map(str, input_shape))
         raise InputError(
-            f"the model does not run on an input of shape {shape}: {first_line(error)}\nCheck --input-shape and --model-arg."
+            f"the model does not run on an input of shape {shape}: {first_line(error)}\n"
+            "Check --input-shape and --model-arg."
         ) from error
 
 

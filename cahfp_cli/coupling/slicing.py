@@ -1,4 +1,4 @@
-"""Cutting a module down: a deep copy of the user's own class whose tensors are slices, with its width attributes set."""
+"""Cutting a module down: a deep copy of the user's own class with sliced tensors and its width attributes set."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -64,7 +64,14 @@ def slice_module(model: M, indices: Indices) -> M:
     """
     full_groups = {name: m.groups for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     full_shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
-    compact = copy_with(model, lambda name, t: slice_tensor(t, indices[name]) if name in indices else t.clone())
+    named = tensors_of(model)
+    by_identity = {id(named[name]): axes for name, axes in indices.items()}  # of tied tensors one name is enough
+
+    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        axes = by_identity.get(id(named[name]))
+        return tensor.clone() if axes is None else slice_tensor(tensor, axes)
+
+    compact = copy_with(model, cut)
     for name, module in compact.named_modules():
         if isinstance(module, CONVOLUTIONS):
             full_shape = full_shapes[f"{name}.weight" if name else "weight"]

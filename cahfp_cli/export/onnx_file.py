@@ -88,7 +88,7 @@ def export_onnx(
         parity = measure_parity(network, path, input_shape, seed, dtype)
         if not parity <= PARITY_TOLERANCE:
             raise VerificationError(
-                f"the ONNX file differs from the network by {parity:.2e}, more than {PARITY_TOLERANCE:.0e}; it was not kept"
+                f"the ONNX file differs from the network by {parity:.2e}, more than {PARITY_TOLERANCE:.0e}: not kept"
             )
     except BaseException:
         path.unlink(missing_ok=True)

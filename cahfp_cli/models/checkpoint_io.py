@@ -37,6 +37,7 @@ class LoadedCheckpoint:
 
     model: in evaluation mode, on the CPU; its dtypes are the network's own (weights of another floating type in the
     file were converted). input_shape: of one sample. digest: of the file's tensors, see `content_digest`.
+    tensors: those of the file, in its own dtypes; of tied parameters it may hold one name only.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class LoadedCheckpoint:
     classes: int
     digest: str
     path: Path
+    tensors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def load_checkpoint(
     network.eval()
     if classes is None:
         classes = count_outputs(network, input_shape, path)
-    return LoadedCheckpoint(network, spec, tuple(input_shape), classes, weights.digest, path)
+    return LoadedCheckpoint(network, spec, tuple(input_shape), classes, weights.digest, path, weights.tensors)
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: CheckpointMetadata, force: bool) -> None:

@@ -38,8 +38,13 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def initialise(modules: Iterable[nn.Module]) -> None:
-    """He et al. 2015 (fan-out, normal) for convolutions, identity for norms, N(0, 0.01) for the classifier."""
+    """He et al. 2015 (fan-out, normal) for convolutions, identity for norms, N(0, 0.01) for the classifier.
+
+    On the meta device there is nothing to draw, and asking for it would make torch import its compiler (2 s).
+    """
     for module in modules:
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):

@@ -85,8 +85,8 @@ def uniform(model: CostModel, limits: Limits, full_widths: Widths, most: Widths)
     """Widths of the largest share, the same in every family, that fits; costs grow with widths, so bisection works."""
 
     def of(share: float) -> Widths:
-        widths = np.floor(full_widths * share + 0.5).astype(np.int64)
-        return np.clip(widths, MIN_WIDTH, most)
+        widths: Widths = np.floor(full_widths * share + 0.5).astype(np.int64)
+        return np.maximum(np.minimum(widths, most), MIN_WIDTH)
 
     if limits.fit(model.cost(most)).all():
         return most

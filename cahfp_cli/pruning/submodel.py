@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.checkpoint.atomic import atomic_directory
-from cahfp_cli.checkpoint.dtypes import Array, dtype_code
+from cahfp_cli.checkpoint.dtypes import DTYPES, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
@@ -25,18 +26,21 @@ from cahfp_cli.pruning.files import INDEX_MAP, ONNX, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.report import write_report
 
+Mask = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class LoadedSubmodel:
     """A submodel folder as a compact network (evaluation mode, CPU), with what it says of itself."""
 
     model: nn.Module
+    tensors: Mapping[str, torch.Tensor]
     metadata: SubmodelMetadata
     index_map: IndexMap
     folder: Path
 
 
-def cut(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> nn.Module:
+def cut(model: nn.Module, analysis: Analysis, kept: Mask) -> nn.Module:
     """The compact network of the kept groups, after its plan was checked operator by operator.
 
     Raises: VerificationError: its operators do not have the planned shapes.
@@ -45,38 +49,45 @@ def cut(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> nn.Mod
     return slice_module(model, analysis.groups.indices(kept)).eval()
 
 
-def make_index_map(model: nn.Module, groups: ChannelGroups, kept: NDArray[np.bool_], checkpoint: str) -> IndexMap:
-    """Which entries of every tensor the kept groups hold; `checkpoint` is the content digest of the global one."""
+def make_index_map(arrays: Mapping[str, Array], groups: ChannelGroups, kept: Mask, checkpoint: str) -> IndexMap:
+    """Which entries of every tensor of a checkpoint the kept groups hold.
+
+    Args:
+        arrays: the checkpoint's own tensors, in its own dtypes.
+        checkpoint: its content digest.
+    """
     indices = groups.indices(kept)
     return IndexMap(
         checkpoint,
-        {
-            name: TensorMap(array.shape, dtype_code(array.dtype), indices[name])
-            for name, array in state_arrays(model).items()
-        },
+        {name: TensorMap(array.shape, dtype_code(array.dtype), indices[name]) for name, array in arrays.items()},
     )
 
 
-def check_round_trip(model: nn.Module, submodel: nn.Module, index_map: IndexMap) -> None:
-    """Raise VerificationError unless gathering gives the submodel and scattering gives the checkpoint back, bit by bit."""
-    compact = state_arrays(submodel)
-    for name, whole in state_arrays(model).items():
-        tensor_map = index_map.tensors[name]
-        restored = whole.copy()
-        gathered = gather(whole, tensor_map)
+def gather_all(arrays: Mapping[str, Array], index_map: IndexMap) -> dict[str, Array]:
+    """The submodel's tensors, bit for bit those of the checkpoint.
+
+    Raises: VerificationError: scattering them back does not give the checkpoint.
+    """
+    compact = {}
+    for name, tensor_map in index_map.tensors.items():
+        compact[name] = gather(arrays[name], tensor_map)
+        restored = arrays[name].copy()
         scatter(compact[name], tensor_map, restored)
-        if not (same_bits(gathered, compact[name]) and same_bits(restored, whole)):
+        if restored.tobytes() != arrays[name].tobytes():
             raise VerificationError(f"the index map of {name!r} does not lead back to the checkpoint")
+    return compact
 
 
-def same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays are equal to the last bit, NaN included."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+def trained_arrays(model: nn.Module, index_map: IndexMap) -> dict[str, Array]:
+    """The tensors of a compact network that was trained, under the names and in the dtypes of the checkpoint."""
+    state = state_arrays(model)
+    return {name: state[name].astype(DTYPES[entry.dtype]) for name, entry in index_map.tensors.items()}
 
 
 def write_submodel(
     output: Path,
     model: nn.Module,
+    arrays: Mapping[str, Array],
     index_map: IndexMap,
     metadata: SubmodelMetadata,
     report: Mapping[str, Any],
@@ -89,7 +100,7 @@ def write_submodel(
 
     Args:
         output: the folder; replaced if it exists and `force`.
-        model: the compact network, on the CPU.
+        model: the compact network, on the CPU, for the ONNX file; arrays: its tensors as they are stored.
         report: becomes `report.json`, with the ONNX file's size and parity and the provenance added.
         onnx: whether to export and verify `model.onnx`.
         storage_limit: bytes that the ONNX file may have.
@@ -98,7 +109,7 @@ def write_submodel(
     """
     written = {**report, "provenance": metadata.provenance.model_dump(mode="json")}
     with atomic_directory(output, force) as folder:
-        save_arrays(folder / TENSORS, state_arrays(model), dump_metadata(metadata))
+        save_arrays(folder / TENSORS, arrays, dump_metadata(metadata))
         write_index_map(folder / INDEX_MAP, index_map, metadata.provenance)
         if onnx:
             file = export_onnx(model, metadata.input_shape, folder / ONNX, onnx_metadata(metadata))
@@ -139,19 +150,21 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     check_tensors(folder / TENSORS, tensors, compact)
     check_finite(folder / TENSORS, tensors)
     compact.load_state_dict(tensors, strict=False)
-    return LoadedSubmodel(compact.eval(), metadata, index_map, folder)
+    return LoadedSubmodel(compact.eval(), tensors, metadata, index_map, folder)
 
 
 def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:
-    """Raise InputError unless the map speaks of exactly the network's tensors, with their shapes."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name in sorted(shapes.keys() ^ index_map.tensors.keys()):
+    """Raise InputError unless the map has the network's tensors and shapes; one name of tied ones will do."""
+    expected = network.state_dict(keep_vars=True)
+    mapped = {id(expected[name]) for name in index_map.tensors if name in expected}
+    missing = [name for name, tensor in expected.items() if name not in index_map.tensors and id(tensor) not in mapped]
+    for name in (*missing, *sorted(index_map.tensors.keys() - expected.keys())):
         raise InputError(f"{path}: {name!r} is in the map or in the network, but not in both: check --model.")
-    for name, shape in shapes.items():
-        if index_map.tensors[name].shape != shape:
+    for name, entry in index_map.tensors.items():
+        shape = tuple(expected[name].shape)
+        if entry.shape != shape:
             raise InputError(
-                f"{path}: {name!r} has shape {index_map.tensors[name].shape} in the map and {shape} in the network: "
-                "check --model."
+                f"{path}: {name!r} has shape {entry.shape} in the map and {shape} in the network: check --model."
             )
 
 

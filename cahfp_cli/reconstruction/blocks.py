@@ -66,13 +66,14 @@ def coverage(block: Block, parts: Sequence[Part]) -> tuple[Floats, NDArray[np.in
     )
     weight, count = np.zeros(reduced), np.zeros(reduced, np.int64)
     for part in parts:
-        axes = tuple(
-            np.arange(length) if indices is None and length > 1 else indices
-            for indices, length in zip(part.axes, reduced, strict=True)
-        )
-        places = selector(axes, reduced)
-        weight[places] += part.client.weight
-        count[places] += 1
+        held = np.ones([1] * len(reduced), np.bool_)
+        for axis, indices in enumerate(part.axes):
+            if indices is not None:
+                along = np.zeros(reduced[axis], np.bool_)
+                along[indices] = True
+                held = held & along.reshape([-1 if other == axis else 1 for other in range(len(reduced))])
+        weight += part.client.weight * held
+        count += held
     return weight, count
 
 

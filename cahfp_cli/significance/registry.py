@@ -1,4 +1,4 @@
-"""The registry of criteria: a criterion turns what was measured into one number a channel group, larger is worth more."""
+"""The registry of criteria: what was measured becomes one number a channel group, larger is worth more."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -77,7 +77,7 @@ def read_scores(path: Path) -> Scores:
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds NaN or Inf. Run `cahfp score` again.")
     family, families = arrays["family"], len(metadata.families)
-    if len(family) and not (0 <= family.min() and family.max() < families):
+    if ((family < 0) | (family >= families)).any():
         raise InputError(f"{path}: a group belongs to none of the {families} families. Run `cahfp score` again.")
     return Scores(
         metadata,

@@ -18,7 +18,10 @@ from cahfp_cli.errors import InputError
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test", options={"b": 1, "a": [1.5, None]})
 RECORD = CheckpointMetadata(
-    model=ModelSpec(spec="vgg11", args={"width": 8, "bias": True}), input_shape=(1, 8, 8), classes=10, provenance=PROVENANCE
+    model=ModelSpec(spec="vgg11", args={"width": 8, "bias": True}),
+    input_shape=(1, 8, 8),
+    classes=10,
+    provenance=PROVENANCE,
 )
 
 
@@ -69,5 +72,8 @@ def test_a_record_that_does_not_fit_is_refused_with_its_key(tmp_path, text, word
 
 
 def test_another_kind_of_file_is_named_by_its_format(tmp_path):
-    with with_text(tmp_path / "x", dump_metadata(RECORD)) as file, pytest.raises(InputError, match="'format'.*checkpoint/1"):
+    with (
+        with_text(tmp_path / "x", dump_metadata(RECORD)) as file,
+        pytest.raises(InputError, match=r"'format'.*checkpoint/1"),
+    ):
         read_metadata(file, SubmodelMetadata)

@@ -79,12 +79,18 @@ def test_every_dtype_survives_a_round_trip_and_starts_aligned(tmp_path, code):
         assert set(library.keys()) == {"x", "odd"}
 
 
-@given(arrays=st.dictionaries(
-    st.text("abc.é", min_size=1, max_size=5),
-    hnp.arrays(st.sampled_from(list(DTYPES.values())), hnp.array_shapes(min_dims=0, max_dims=3, max_side=4), fill=st.just(0),
-               elements=st.sampled_from([0, 1])),
-    max_size=4,
-))
+@given(
+    arrays=st.dictionaries(
+        st.text("abc.é", min_size=1, max_size=5),
+        hnp.arrays(
+            st.sampled_from(list(DTYPES.values())),
+            hnp.array_shapes(min_dims=0, max_dims=3, max_side=4),
+            fill=st.just(0),
+            elements=st.sampled_from([0, 1]),
+        ),
+        max_size=4,
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_round_trip_and_digest_do_not_depend_on_order_metadata_or_container(tmp_path_factory, arrays):
     folder = tmp_path_factory.mktemp("x")
@@ -105,7 +111,11 @@ def test_digest_depends_on_names_dtypes_shapes_and_bits():
         {**one, "b": np.zeros((0,), np.float32)},
     ]
     assert len({arrays_digest(arrays) for arrays in [one, *others]}) == len(others) + 1
-    assert arrays_digest({"a": one["a"].astype(">f4")}) == arrays_digest({"a": np.asfortranarray(one["a"])}) == arrays_digest(one)
+    assert (
+        arrays_digest({"a": one["a"].astype(">f4")})
+        == arrays_digest({"a": np.asfortranarray(one["a"])})
+        == arrays_digest(one)
+    )
 
 
 def test_a_resaved_file_is_the_same_checkpoint(tmp_path):

@@ -27,13 +27,13 @@ DIGEST = "0" * 64
 
 
 @st.composite
-def tensor_maps(draw, dtype=st.sampled_from(list(DTYPES))):
+def tensor_maps(draw):
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
     axes = []
     for length in shape:
         kept = draw(st.none() | st.sets(st.integers(0, length - 1), max_size=length) if length else st.none())
         axes.append(None if kept is None else np.array(sorted(kept), np.int32))
-    return TensorMap(shape, draw(dtype), tuple(axes))
+    return TensorMap(shape, draw(st.sampled_from(list(DTYPES))), tuple(axes))
 
 
 def random_bits(entry: TensorMap, shape: tuple[int, ...], seed: int) -> np.ndarray:

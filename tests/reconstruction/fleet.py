@@ -61,7 +61,9 @@ def surviving(random: np.random.Generator, length: int) -> np.ndarray | None:
 
 
 def index_map(random: np.random.Generator, tensors: dict[str, np.ndarray], full: bool = False) -> IndexMap:
-    widths = {0: None} | {layer: None if full else surviving(random, len(tensors[f"bn{layer}.weight"])) for layer in (1, 2)}
+    widths = {0: None} | {
+        layer: None if full else surviving(random, len(tensors[f"bn{layer}.weight"])) for layer in (1, 2)
+    }
     maps = {}
     for name, tensor in tensors.items():
         axes: list[np.ndarray | None] = [None] * tensor.ndim
@@ -86,24 +88,38 @@ def perturb(random: np.random.Generator, tensors: dict[str, np.ndarray]) -> dict
         if tensor.dtype == np.int64:
             result[name] = tensor + random.integers(0, 50)
         else:
-            moved = tensor.astype(np.float64) * random.normal(1, 0.5, tensor.shape) + random.normal(0, 0.1, tensor.shape)
+            moved = tensor.astype(np.float64) * random.normal(1, 0.5, tensor.shape) + random.normal(
+                0, 0.1, tensor.shape
+            )
             result[name] = np.asarray(np.abs(moved) if name.endswith("running_var") else moved).astype(tensor.dtype)
     return result
 
 
 def save_global(path: Path, tensors: dict[str, np.ndarray]) -> Path:
-    save_arrays(path, tensors, dump_metadata(CheckpointMetadata(model=MODEL, input_shape=(3, 8, 8), classes=4, provenance=PROVENANCE)))
+    save_arrays(
+        path,
+        tensors,
+        dump_metadata(CheckpointMetadata(model=MODEL, input_shape=(3, 8, 8), classes=4, provenance=PROVENANCE)),
+    )
     return path
 
 
 def save_client(
-    folder: Path, tensors: dict[str, np.ndarray], mapping: IndexMap, num_examples: int | None = 10, digest: str | None = None
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    mapping: IndexMap,
+    num_examples: int | None = 10,
+    digest: str | None = None,
 ) -> Path:
     folder.mkdir(exist_ok=True)
     write_index_map(folder / "index_map.safetensors", mapping, PROVENANCE)
     metadata = SubmodelMetadata(
-        model=MODEL, input_shape=(3, 8, 8), classes=4, checkpoint=digest or mapping.checkpoint,
-        num_examples=num_examples, provenance=PROVENANCE,
+        model=MODEL,
+        input_shape=(3, 8, 8),
+        classes=4,
+        checkpoint=digest or mapping.checkpoint,
+        num_examples=num_examples,
+        provenance=PROVENANCE,
     )
     save_arrays(folder / "submodel.safetensors", tensors, dump_metadata(metadata))
     return folder
@@ -119,7 +135,15 @@ class Fleet:
     examples: list[int]
 
 
-def fleet(folder: Path, seed: int, clients: int, dtype: str = "F32", trained: bool = True, full: bool = False, widths=(3, 6, 5)) -> Fleet:
+def fleet(
+    folder: Path,
+    seed: int,
+    clients: int,
+    dtype: str = "F32",
+    trained: bool = True,
+    full: bool = False,
+    widths=(3, 6, 5),
+) -> Fleet:
     random = np.random.default_rng(seed)
     tensors = network(random, dtype, widths)
     checkpoint = save_global(folder / "global.safetensors", tensors)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, Fleet, fleet, save_client
+from fleet import PROVENANCE, Fleet, fleet, save_client, save_global
 
+from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, write_index_map
@@ -58,38 +59,84 @@ def break_pair(it: Fleet) -> None:
 FAULTS = {
     "no submodel": (submodel, "no such file", lambda it: submodel(it).unlink()),
     "no index map": (map_file, "no such file", lambda it: map_file(it).unlink()),
-    "no folder": (lambda it: it.folders[1], "not a folder", lambda it: it.folders[1].rename(it.folders[1].parent / "x")),
+    "no folder": (
+        lambda it: it.folders[1],
+        "not a folder",
+        lambda it: it.folders[1].rename(it.folders[1].parent / "x"),
+    ),
     "submodel cut in its header": (submodel, "cut short", lambda it: os.truncate(submodel(it), 100)),
-    "submodel cut in its data": (submodel, "cut short", lambda it: os.truncate(submodel(it), submodel(it).stat().st_size - 1)),
+    "submodel cut in its data": (
+        submodel,
+        "cut short",
+        lambda it: os.truncate(submodel(it), submodel(it).stat().st_size - 1),
+    ),
     "map cut": (map_file, "cut", lambda it: os.truncate(map_file(it), map_file(it).stat().st_size - 1)),
-    "global cut": (lambda it: it.checkpoint, "cut", lambda it: os.truncate(it.checkpoint, it.checkpoint.stat().st_size - 1)),
+    "global cut": (
+        lambda it: it.checkpoint,
+        "cut",
+        lambda it: os.truncate(it.checkpoint, it.checkpoint.stat().st_size - 1),
+    ),
     "pickle as submodel": (submodel, "pickles", lambda it: submodel(it).write_bytes(pickle.dumps({"w": [1.0] * 9}))),
-    "pickle as global": (lambda it: it.checkpoint, "pickles", lambda it: it.checkpoint.write_bytes(pickle.dumps({"w": "12345678"}))),
+    "pickle as global": (
+        lambda it: it.checkpoint,
+        "pickles",
+        lambda it: it.checkpoint.write_bytes(pickle.dumps({"w": "12345678"})),
+    ),
     "submodel without metadata": (submodel, "cahfp", lambda it: save_arrays(submodel(it), it.submodels[1], {})),
-    "submodel as global": (lambda it: it.checkpoint, "cahfp.submodel/1", lambda it: it.checkpoint.write_bytes(submodel(it).read_bytes())),
-    "map of another checkpoint": (map_file, "another checkpoint", lambda it: remap(it, "scale", it.maps[1].tensors["scale"], "0" * 64)),
+    "submodel as global": (
+        lambda it: it.checkpoint,
+        "cahfp.submodel/1",
+        lambda it: it.checkpoint.write_bytes(submodel(it).read_bytes()),
+    ),
+    "map of another checkpoint": (
+        map_file,
+        "another checkpoint",
+        lambda it: remap(it, "scale", it.maps[1].tensors["scale"], "0" * 64),
+    ),
     "submodel of another checkpoint": (submodel, "another checkpoint", lambda it: resave(it, digest="0" * 64)),
     "missing tensor": (submodel, r"lacks 'bn1\.weight'", lambda it: resave(it, bn1__weight=None)),
     "extra tensor": (submodel, "'extra'", lambda it: resave(it, extra=np.zeros(2, np.float32))),
     "wrong shape": (submodel, "'head.bias' is F32", lambda it: resave(it, head__bias=np.zeros(3, np.float32))),
     "wrong dtype": (submodel, "'head.bias' is F64", lambda it: resave(it, head__bias=np.zeros(4))),
-    "NaN": (submodel, "'head.bias' holds NaN", lambda it: resave(it, head__bias=changed(it.submodels[1]["head.bias"], np.nan))),
-    "Inf": (submodel, "'head.bias' holds NaN or inf", lambda it: resave(it, head__bias=changed(it.submodels[1]["head.bias"], np.inf))),
-    "negative variance": (submodel, "negative variance", lambda it: resave(it, bn1__running_var=-it.submodels[1]["bn1.running_var"])),
+    "NaN": (
+        submodel,
+        "'head.bias' holds NaN",
+        lambda it: resave(it, head__bias=changed(it.submodels[1]["head.bias"], np.nan)),
+    ),
+    "Inf": (
+        submodel,
+        "'head.bias' holds NaN or inf",
+        lambda it: resave(it, head__bias=changed(it.submodels[1]["head.bias"], np.inf)),
+    ),
+    "negative variance": (
+        submodel,
+        "negative variance",
+        lambda it: resave(it, bn1__running_var=-it.submodels[1]["bn1.running_var"]),
+    ),
     "index out of range": (map_file, "index 4", lambda it: broken_map(it, [0, 1, 2, 4])),
     "index repeated": (map_file, "repeated", lambda it: broken_map(it, [0, 1, 1, 2])),
     "tensor not in the map": (map_file, "'scale'", lambda it: remap(it, "scale", None)),
-    "map of a tensor that the global lacks": (map_file, "'more'", lambda it: remap(it, "more", it.maps[1].tensors["scale"])),
-    "map with another global shape": (map_file, "'head.bias' is F32", lambda it: remap(it, "head.bias", TensorMap((5,), "F32", (None,)))),
+    "map of a tensor that the global lacks": (
+        map_file,
+        "'more'",
+        lambda it: remap(it, "more", it.maps[1].tensors["scale"]),
+    ),
+    "map with another global shape": (
+        map_file,
+        "'head.bias' is F32",
+        lambda it: remap(it, "head.bias", TensorMap((5,), "F32", (None,))),
+    ),
     "mean and variance of different channels": (lambda it: it.folders[1], "other channels", break_pair),
     "one client without num_examples": (lambda it: it.folders[1], "--weight", lambda it: resave(it, examples=None)),
     "absurd num_examples": (lambda it: it.folders[1], "--weight", lambda it: resave(it, examples=10**300)),
     "report that is no JSON": (
-        lambda it: it.folders[1] / "report.json", "not JSON",
+        lambda it: it.folders[1] / "report.json",
+        "not JSON",
         lambda it: (resave(it, examples=None), (it.folders[1] / "report.json").write_text("{")),
     ),
     "report with a negative count": (
-        lambda it: it.folders[1] / "report.json", "positive integer",
+        lambda it: it.folders[1] / "report.json",
+        "positive integer",
         lambda it: (resave(it, examples=None), (it.folders[1] / "report.json").write_text('{"num_examples": -3}')),
     ),
 }
@@ -111,9 +158,6 @@ def test_bad_input_is_refused_and_leaves_no_output(tmp_path, fault, dry_run):
 
 
 def test_integers_that_differ_between_clients_are_refused(tmp_path):
-    from cahfp_cli.checkpoint.digest import arrays_digest
-    from fleet import save_global
-
     tensors = {"w": np.ones(3), "ids": np.arange(4)}
     save_global(tmp_path / "global", tensors)
     whole = IndexMap(
@@ -125,9 +169,6 @@ def test_integers_that_differ_between_clients_are_refused(tmp_path):
 
 
 def test_a_result_that_its_dtype_cannot_hold_is_refused(tmp_path):
-    from cahfp_cli.checkpoint.digest import arrays_digest
-    from fleet import save_global
-
     tensors = {"running_mean": np.zeros(1, np.float16), "running_var": np.ones(1, np.float16)}
     save_global(tmp_path / "global", tensors)
     whole = IndexMap(arrays_digest(tensors), {name: TensorMap((1,), "F16", (None,)) for name in tensors})
@@ -143,7 +184,11 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused(tmp_path):
 
 def test_an_existing_output_and_a_missing_folder_are_refused_before_any_work(tmp_path):
     it = fleet(tmp_path, 2, 1)
-    for output, words in ((it.checkpoint, "--force"), (tmp_path / "no" / "x", "no such folder"), (it.folders[0], "--force")):
+    for output, words in (
+        (it.checkpoint, "--force"),
+        (tmp_path / "no" / "x", "no such folder"),
+        (it.folders[0], "--force"),
+    ):
         with pytest.raises(InputError, match=words):
             reconstruct(it.checkpoint, it.folders, output, provenance=PROVENANCE)
 

@@ -1,7 +1,6 @@
 """`cahfp reconstruct` as a process: streams, exit codes, kills, and what it imports."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -50,19 +49,25 @@ def test_importing_and_running_never_imports_torch_and_the_core_never_typer_or_r
 def test_json_is_one_object_and_describes_the_file(tmp_path):
     it = fleet(tmp_path, 4, 2)
     output = tmp_path / "out.safetensors"
-    done = run(it.checkpoint, *it.folders, "-o", output, "--json", "--rule", "covered", "--weight", f"{it.folders[0]}=12")
+    done = run(
+        it.checkpoint, *it.folders, "-o", output, "--json", "--rule", "covered", "--weight", f"{it.folders[0]}=12"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["digest"] == content_digest(output)
     assert {client["folder"]: client["num_examples"] for client in result["clients"]} == {
-        str(it.folders[0]): 12.0, str(it.folders[1]): it.examples[1]
+        str(it.folders[0]): 12.0,
+        str(it.folders[1]): it.examples[1],
     }
     with open_safetensors(output) as file:
         provenance = read_metadata(file, CheckpointMetadata).provenance
     assert provenance.options == {"rule": "covered", "weights": [["client0", 12.0]]}
     assert [entry.file for entry in provenance.inputs] == [
-        "client0/index_map.safetensors", "client0/submodel.safetensors", "client1/index_map.safetensors",
-        "client1/submodel.safetensors", "global.safetensors",
+        "client0/index_map.safetensors",
+        "client0/submodel.safetensors",
+        "client1/index_map.safetensors",
+        "client1/submodel.safetensors",
+        "global.safetensors",
     ]
 
 
@@ -109,7 +114,10 @@ def test_dry_run_checks_and_writes_nothing(tmp_path):
 def test_many_clients_need_few_open_files(tmp_path):
     it = fleet(tmp_path, 4, 60)
     done = run(
-        it.checkpoint, *it.folders, "-o", tmp_path / "out",
+        it.checkpoint,
+        *it.folders,
+        "-o",
+        tmp_path / "out",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)),
     )
     assert done.returncode == 0, done.stderr
@@ -125,18 +133,16 @@ def test_a_kill_at_any_moment_leaves_the_old_output_or_the_whole_new_one(tmp_pat
     start = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     duration, whole = time.monotonic() - start, output.read_bytes()
-    half_seen = 0
-    for share in (0.5, 0.7, 0.8, 0.85, 0.9, 0.95):
+    for share in (0.6, 0.8, 0.9, 0.95):
         output.unlink() if old is None else output.write_bytes(old)
         killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(duration * share)
         killed.kill()
         killed.wait()
-        half_seen += any(path.name.startswith(".") for path in folder.iterdir())
         assert (output.read_bytes() if output.exists() else None) in (old, whole)
         subprocess.run(command, check=True, capture_output=True)
         assert output.read_bytes() == whole
-        assert os.listdir(folder) == [output.name]
+        assert list(folder.iterdir()) == [output]
 
 
 SLOW = """
@@ -161,7 +167,6 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_output(tmp_path, share):
     output = folder / "merged.safetensors"
     command = [sys.executable, "-c", SLOW, str(share), str(it.checkpoint), str(output), *map(str, it.folders)]
     writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    total = it.checkpoint.stat().st_size
     with open_safetensors(it.checkpoint) as file:
         total = sum(info.nbytes for info in file.tensors.values())
     while int(writer.stdout.readline()) < total * share:
@@ -171,4 +176,4 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_output(tmp_path, share):
     writer.communicate()
     assert not output.exists()
     assert run(it.checkpoint, *it.folders, "-o", output).returncode == 0
-    assert os.listdir(folder) == [output.name]
+    assert list(folder.iterdir()) == [output]

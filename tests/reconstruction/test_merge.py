@@ -25,7 +25,15 @@ quick = settings(max_examples=15, deadline=None, suppress_health_check=list(Heal
 
 def merge(it: Fleet, rule: str = "fill", **options):
     output = it.checkpoint.parent / "merged.safetensors"
-    report = reconstruct(it.checkpoint, options.pop("folders", it.folders), output, rule=rule, force=True, provenance=PROVENANCE, **options)
+    report = reconstruct(
+        it.checkpoint,
+        options.pop("folders", it.folders),
+        output,
+        rule=rule,
+        force=True,
+        provenance=PROVENANCE,
+        **options,
+    )
     return load(output), report
 
 
@@ -168,7 +176,9 @@ def test_batch_counter_is_the_largest_of_the_clients_even_below_the_global(tmp_p
     save_global(tmp_path / "global.safetensors", tensors)
     mapping = index_map(random, tensors)
     folders = [
-        save_client(tmp_path / f"c{count}", cut(tensors, mapping) | {"bn1.num_batches_tracked": np.asarray(count)}, mapping)
+        save_client(
+            tmp_path / f"c{count}", cut(tensors, mapping) | {"bn1.num_batches_tracked": np.asarray(count)}, mapping
+        )
         for count in (7, 12)
     ]
     reconstruct(tmp_path / "global.safetensors", folders, tmp_path / "out.safetensors", provenance=PROVENANCE)

@@ -17,8 +17,8 @@ def reduce(couplings: Couplings, call: Call) -> Result:
 
         return pointwise(couplings, call)
     dims = call.arguments.get("dim")
-    every = dims is None or dims == []
-    reduced = set(range(len(x))) if every else {d % len(x) for d in ([dims] if isinstance(dims, int) else dims)}
+    listed = [dims] if isinstance(dims, int) else dims or range(len(x))  # none or an empty list means all axes
+    reduced = {d % len(x) for d in listed}
     for axis in reduced:
         couplings.atoms.pin(x[axis], f"{name} over the axis")
     keep = call.arguments.get("keepdim", False)

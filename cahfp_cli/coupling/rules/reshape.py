@@ -119,4 +119,5 @@ def divide(couplings: Couplings, labels: Labels, shape: tuple[int, ...]) -> list
 
 def first_along(block: Labels, axis: int) -> Labels:
     """The labels met when walking along one axis at index 0 of all others."""
-    return np.moveaxis(block, axis, -1).reshape(-1, block.shape[axis])[0]
+    labels: Labels = np.moveaxis(block, axis, -1).reshape(-1, block.shape[axis])[0]
+    return labels

@@ -25,7 +25,7 @@ app.command()(evaluate.evaluate)
 app.command()(reconstruct.reconstruct)
 app.command()(inspect.inspect)
 
-INTERNAL_ERROR = 1
+INTERNAL_ERROR = BROKEN_PIPE = 1
 INTERRUPTED = 130
 
 
@@ -47,7 +47,13 @@ def root(
 def main() -> None:
     """Run the command line; turn every error into one or two lines and its exit code."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader left early, such as `| head`: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except Exception as error:
         if os.environ.get("CAHFP_DEBUG") == "1":
             raise

@@ -1,5 +1,6 @@
 """How an output came to be: tool, command, options, and the sha256 of each input."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def provenance(command: str, options: Mapping[str, JsonValue], inputs: Sequence[
         options=dict(options),
         inputs=tuple(sorted(files, key=lambda file: (file.file, file.sha256))),
     )
+
+
+def portable(spec: str) -> str:
+    """A data or model spec as it is recorded: an absolute path by its last name, as it says nothing elsewhere.
+
+    >>> portable("npz:/home/me/share.npz@train[0:100]")
+    'npz:share.npz@train[0:100]'
+    """
+    return re.sub(r"(^|:)/(?:[^:]*/)?", r"\1", spec.rstrip("/"))
 
 
 def _files(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:

@@ -23,12 +23,14 @@ from cahfp_cli.data.spec import load_data
 from cahfp_cli.output import table
 
 CAHFP = Path(sys.executable).with_name("cahfp")
-DEVICES = {
-    # What the device must meet: flags for `cahfp prune`; none means the budget of the profile itself.
-    "jetson-orin-nano": ["--latency", "1.1ms"],
-    "raspberry-pi-4": [],
-    "stm32h743": [],
-}
+DEVICES = ["jetson-orin-nano:storage=900KB", "raspberry-pi-4:latency=0.75ms", "stm32h743:memory=300KB"]
+
+
+def parse_device(text: str) -> tuple[str, list[str]]:
+    """`NAME:latency=5ms,storage=2MB` as name and flags for `cahfp prune`; a mere name means the profile's budget."""
+    name, _, budget = text.partition(":")
+    pairs = [pair.partition("=") for pair in budget.split(",") if pair]
+    return name, [word for limit, _, value in pairs for word in (f"--{limit}", value)]
 
 
 def cahfp(*arguments: str | Path) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def cahfp(*arguments: str | Path) -> dict[str, Any]:
 
 
 def non_iid_shares(data: str, clients: int, alpha: float, seed: int, folder: Path) -> list[tuple[Path, int]]:
-    """Split data among clients: of each class, shares drawn from a Dirichlet distribution. Smaller alpha, less alike."""
+    """Split data among clients: of each class, shares by a Dirichlet distribution; smaller alpha, less alike."""
     dataset = load_data(data)
     random = np.random.default_rng(seed)
     owner = np.zeros(len(dataset), dtype=np.int64)
@@ -63,31 +65,37 @@ def non_iid_shares(data: str, clients: int, alpha: float, seed: int, folder: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--public", default="digits@train[0:700]", help="what the global checkpoint is trained on")
-    parser.add_argument("--private", default="digits@train[700:1442]", help="what the devices share among them")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--device", action="append", help=f"NAME:BUDGET, may be repeated; default {' '.join(DEVICES)}")
+    parser.add_argument("--public", default="digits@train[0:150]", help="what the global checkpoint is trained on")
+    parser.add_argument("--private", default="digits@train[150:1442]", help="what the devices share among them")
     parser.add_argument("--test", default="digits@test")
-    parser.add_argument("--epochs", default="8")
-    parser.add_argument("--local-epochs", default="4")
+    parser.add_argument("--epochs", default="12")
+    parser.add_argument("--samples", default="150", help="calibration samples of the public share")
+    parser.add_argument("--local-epochs", default="6")
     parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet distribution over clients")
+    parser.add_argument("--lr", default="0.005", help="of the devices' own training")
+    parser.add_argument("--threads", help="CPU threads; fixed, runs repeat to the byte")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     options = parser.parse_args()
     started = time.monotonic()
+    devices = dict(parse_device(text) for text in options.device or DEVICES)
     out: Path = options.output
     if out.exists():
         raise SystemExit(f"{out} exists: remove it, or pass --output with a folder that does not")
     out.mkdir(parents=True)
 
-    seed = ["--seed", str(options.seed)]
+    threads = ["--threads", options.threads] if options.threads else []
+    seed = ["--seed", str(options.seed), *threads]
     checkpoint, scores, merged = out / "global.safetensors", out / "scores.safetensors", out / "global-1.safetensors"
     cahfp(
         "train", "--model", options.model, "--data", options.public, "--epochs", options.epochs, *seed, "-o", checkpoint
     )
-    cahfp("score", checkpoint, "--data", options.public, *seed, "-o", scores)
-    before = cahfp("evaluate", checkpoint, "--data", options.test, "--no-latency")
+    cahfp("score", checkpoint, "--data", options.public, "--samples", options.samples, *seed, "-o", scores)
+    before = cahfp("evaluate", checkpoint, "--data", options.test, "--no-latency", *threads)
     reports = {}
-    for device, budget in DEVICES.items():
+    for device, budget in devices.items():
         result = cahfp(
             "prune",
             checkpoint,
@@ -102,15 +110,15 @@ def main() -> None:
             out / "cut",
         )
         reports[device] = result["submodels"][0]
-    shares = non_iid_shares(options.private, len(DEVICES), options.alpha, options.seed, out)
+    shares = non_iid_shares(options.private, len(devices), options.alpha, options.seed, out)
     trained = {}
-    for device, (share, _) in zip(DEVICES, shares, strict=True):
+    for device, (share, _) in zip(devices, shares, strict=True):
         trained[device] = cahfp(
             *("train", out / "cut" / device, "--data", f"npz:{share}", "--test-data", options.test),
-            *("--epochs", options.local_epochs, "--lr", "0.02", *seed, "-o", out / f"trained-{device}"),
+            *("--epochs", options.local_epochs, "--lr", options.lr, *seed, "-o", out / f"trained-{device}"),
         )
-    cahfp("reconstruct", checkpoint, *(out / f"trained-{device}" for device in DEVICES), "-o", merged)
-    after = cahfp("evaluate", merged, "--data", options.test, "--no-latency")
+    cahfp("reconstruct", checkpoint, *(out / f"trained-{device}" for device in devices), "-o", merged)
+    after = cahfp("evaluate", merged, "--data", options.test, "--no-latency", *threads)
 
     rows = []
     figures: dict[str, Any] = {"global_before": before["accuracy"], "global_after": after["accuracy"], "devices": {}}

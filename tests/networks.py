@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,7 +24,7 @@ IMAGE = (2, SIDE, SIDE)
 def examples(count: int) -> settings:
     """The same examples in every run: a test that fails in CI fails everywhere."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow, database=None)
+    return settings(phases=[Phase.explicit, Phase.generate], max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow, database=None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,22 @@ class PooledBranches(nn.Module):
         return self.first(nn.functional.max_pool2d(x, 3, stride=1, padding=1)) + self.second(pool)
 
 
+class Halves(nn.Module):
+    """The two halves of x, one of them through a layer, side by side and shuffled, as in ShuffleNet."""
+
+    def __init__(self, body: nn.Module, shuffle: bool) -> None:
+        super().__init__()
+        self.body, self.shuffle = body, shuffle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, 1)
+        joined = torch.cat([left, self.body(right)], 1)
+        if not self.shuffle:
+            return joined
+        b, channels, height, side = joined.shape
+        return joined.view(b, 2, channels // 2, height, side).transpose(1, 2).reshape(b, channels, height, side)
+
+
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
@@ -209,7 +225,13 @@ def branches(draw: Draw, channels: int) -> tuple[nn.Module, int]:
     return PooledBranches(first, conv(draw, channels, out)[0]), out
 
 
-BLOCKS = (conv, residual, dense, grouped, separable, squeeze_excite, glu, twice, branches)
+def halves(draw: Draw, channels: int) -> tuple[nn.Module, int]:
+    half = width(draw)
+    before, _ = conv(draw, channels, 2 * half)
+    return nn.Sequential(before, Halves(conv(draw, half, half)[0], draw(st.booleans()))), 2 * half
+
+
+BLOCKS = (conv, residual, dense, grouped, separable, squeeze_excite, glu, twice, branches, halves)
 
 
 def head(draw: Draw, channels: int) -> nn.Module:
@@ -218,8 +240,10 @@ def head(draw: Draw, channels: int) -> nn.Module:
         start, features = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
     else:
         start, features = nn.Sequential(nn.MaxPool2d(2), nn.Flatten()), channels * (SIDE // 2) ** 2
-    return nn.Sequential(start, *mlp(draw, features), nn.Linear(features, CLASSES)) if draw(st.booleans()) else (
-        nn.Sequential(start, nn.Linear(features, CLASSES))
+    return (
+        nn.Sequential(start, *mlp(draw, features), nn.Linear(features, CLASSES))
+        if draw(st.booleans())
+        else (nn.Sequential(start, nn.Linear(features, CLASSES)))
     )
 
 

@@ -84,6 +84,14 @@ def open_network(
     )
 
 
+def recorded(spec: "ModelSpec") -> "ModelSpec":
+    """The spec as a file records it: of code, whose path the user must give again anyway, without its folders."""
+    from cahfp_cli.models.spec import is_code
+    from cahfp_cli.provenance import portable
+
+    return spec.model_copy(update={"spec": portable(spec.spec)}) if is_code(spec.spec) else spec
+
+
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
     """`3x32x32` as (3, 32, 32). Raises: UsageError: anything else."""
     if text is None:

@@ -84,12 +84,12 @@ def prune(
         raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
-    from cahfp_cli.commands.networks import given, open_network
+    from cahfp_cli.commands.networks import given, open_network, recorded
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.models.checkpoint_io import to_array
-    from cahfp_cli.provenance import provenance
+    from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.submodel import cut, gather_all, make_index_map, write_submodel
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
@@ -106,6 +106,7 @@ def prune(
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
+    shown_data = portable(data) if data else None
     arrays = {name: to_array(tensor, name) for name, tensor in network.tensors.items()}
     limits = given(
         {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
@@ -117,13 +118,13 @@ def prune(
             index_map = make_index_map(arrays, analysis.groups, selection.kept, network.digest)
             compact = gather_all(arrays, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
-            report = describe(target, selection, significance, analysis, before, after, data)
+            report = describe(target, selection, significance, analysis, before, after, shown_data)
             if not dry_run:
                 origin = provenance(
-                    "prune", {**limits, **given({"profile": target.name, "data": data})}, (*network.files, scores)
+                    "prune", {**limits, **given({"profile": target.name, "data": shown_data})}, (*network.files, scores)
                 )
                 metadata = SubmodelMetadata(
-                    model=network.spec,
+                    model=recorded(network.spec),
                     input_shape=network.input_shape,
                     classes=network.classes,
                     checkpoint=network.digest,

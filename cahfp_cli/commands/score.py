@@ -50,7 +50,7 @@ def score(
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.provenance import provenance
+    from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.significance.measure import measure, subset
     from cahfp_cli.significance.registry import find_criterion
     from cahfp_cli.significance.scores import Scores, ScoresMetadata, write_scores
@@ -75,7 +75,7 @@ def score(
         found = measure(network.model, analysis.groups, chosen, calibration, batch_size, draws, seed, progress)
     recorded: Json = {"criterion": criterion, "seed": seed}
     if chosen.needs_gates:
-        recorded |= given({"data": data, "samples": samples, "draws": draws, "batch_size": batch_size})
+        recorded |= given({"data": portable(data), "samples": samples, "draws": draws, "batch_size": batch_size})
     metadata = ScoresMetadata(
         checkpoint=network.digest,
         criterion=criterion,

@@ -66,7 +66,7 @@ def train(
     from cahfp_cli.commands.networks import given
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.provenance import provenance
+    from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
     from cahfp_cli.training.sgd import TrainOptions, check_options
@@ -104,10 +104,10 @@ def train(
         report = run(network.model, dataset, how, where, on_epoch)
     metrics = evaluate(network.model, tests, 256, where) if tests is not None else None
     network.model.cpu()
-    recorded = given(
+    options_given = given(
         {
-            "data": data,
-            "model": model,
+            "data": portable(data),
+            "model": portable(model) if model else None,
             "epochs": epochs if steps is None else None,
             "steps": steps,
             "batch_size": batch_size,
@@ -120,7 +120,7 @@ def train(
             "grad_clip": grad_clip,
         }
     )
-    origin = provenance("train", {**recorded, "seed": seed}, network.files)
+    origin = provenance("train", {**options_given, "seed": seed}, network.files)
     result = describe(dataset, test_data, report, metrics)
     if network.submodel is None:
         write_checkpoint(output, network, len(dataset), origin, force)
@@ -160,14 +160,21 @@ def start(
 
 def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", metrics: "Metrics | None") -> Json:
     """What training did, for report.json and --json; no times, so that equal runs give equal bytes."""
+    from cahfp_cli.provenance import portable
+
     last = report.epochs[-1]
     result: Json = {
         "num_examples": len(dataset),
-        "training": {"data": dataset.name, "steps": report.steps, "loss": last.loss, "accuracy": last.accuracy},
+        "training": {
+            "data": portable(dataset.name),
+            "steps": report.steps,
+            "loss": last.loss,
+            "accuracy": last.accuracy,
+        },
     }
     if metrics is not None:
         result["test"] = {
-            "data": test_data,
+            "data": portable(test_data or ""),
             "accuracy": metrics.accuracy,
             "loss": metrics.loss,
             "samples": metrics.samples,
@@ -177,10 +184,11 @@ def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", m
 
 def write_checkpoint(output: Path, network: "Network", examples: int, origin: "Provenance", force: bool) -> None:
     from cahfp_cli.checkpoint.metadata import CheckpointMetadata
+    from cahfp_cli.commands.networks import recorded
     from cahfp_cli.models.checkpoint_io import save_checkpoint
 
     metadata = CheckpointMetadata(
-        model=network.spec,
+        model=recorded(network.spec),
         input_shape=network.input_shape,
         classes=network.classes,
         num_examples=examples,

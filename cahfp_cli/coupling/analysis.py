@@ -1,11 +1,11 @@
 """From a model to its channel groups: trace in both modes, solve, and prove the result on a sliced copy.
 
-The proof is the op-log check: a sliced copy runs on meta tensors, and operator k must give exactly the shapes that the
-atoms predict. Where it does not, the model's code holds a width that slicing cannot change; that site is pinned and
-the groups are solved again.
+The proof is the op-log check: sliced copies run on meta tensors, and operator k must give exactly the shapes that the
+atoms predict, and compute with the same numbers (a scale that follows a width would change what is kept). Where it
+does not, the model's code holds a width that slicing cannot change; that site is pinned and the groups are solved again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from cahfp_cli.errors import InputError, VerificationError
 assert rules.__all__  # importing the package fills the registry
 
 MAX_REPAIRS = 200
-PROBE_KEEP = 0.55
+PROBES = 4
 
 LAYOUT: dict[str, str | None] = {
     "clone": None,
@@ -94,7 +94,8 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
     for _ in range(MAX_REPAIRS):
         groups, group_of_atom = solve(couplings.atoms, prunable, consumers)
         analysis = Analysis(groups, traces, group_of_atom, input_shape, dtype)
-        site = first_mismatch(meta, analysis, probe(groups, rng))
+        sites = (first_mismatch(meta, analysis, kept) for kept in probes(groups, rng))
+        site = next((site for site in sites if site is not None), None)
         if site is None:
             return analysis
         before = groups.count
@@ -152,16 +153,17 @@ def revise_choices(couplings: Couplings) -> bool:
     return bool(revised)
 
 
-def probe(groups: ChannelGroups, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """A random mask that keeps about half of every family and at least one group of each."""
-    kept = rng.random(groups.count) < PROBE_KEEP
-    for number in range(len(groups.names)):
-        members = np.flatnonzero(groups.family == number)
-        if not kept[members].any():
-            kept[rng.choice(members)] = True
-        elif kept[members].all() and len(members) > 1:
-            kept[rng.choice(members)] = False
-    return kept
+def probes(groups: ChannelGroups, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
+    """Masks that keep at least one group of each family: one that keeps no more, and random ones.
+
+    Each family keeps another share of its groups, so that widths which were equal by chance are not.
+    """
+    for number in range(PROBES):
+        share = rng.random(len(groups.names)) if number else np.zeros(len(groups.names))
+        kept = rng.random(groups.count) < share[groups.family]
+        for family in np.flatnonzero(groups.widths(kept) == 0):
+            kept[rng.choice(np.flatnonzero(groups.family == family))] = True
+        yield kept
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def first_mismatch(meta: nn.Module, analysis: Analysis, kept: NDArray[np.bool_])
             forward(to_meta(compact), (sample,), mode.training, log)
         except Exception as error:  # whatever the user's own forward raises on a width it does not expect
             problem = first_line(error)
-        ran = [(LAYOUT.get(name, name), shapes) for name, shapes in log.entries if LAYOUT.get(name, name)]
+        ran = [entry for entry in log.entries if LAYOUT.get(entry.name, entry.name)]
         planned = [operation for operation in expected.operations if LAYOUT.get(operation.name, operation.name)]
         for position, operation in enumerate(planned):
             predicted = tuple(
@@ -194,11 +196,13 @@ def first_mismatch(meta: nn.Module, analysis: Analysis, kept: NDArray[np.bool_])
             )
             if position >= len(ran):
                 return Site(number, operation, problem or "the sliced model ran fewer operators")
-            name, shapes = ran[position]
-            if name != LAYOUT.get(operation.name, operation.name):
-                return Site(number, operation, f"the sliced model ran {name} instead")
-            if shapes != predicted:
-                return Site(number, operation, f"shape {shapes} instead of {predicted}")
+            entry = ran[position]
+            if LAYOUT.get(entry.name, entry.name) != LAYOUT.get(operation.name, operation.name):
+                return Site(number, operation, f"the sliced model ran {entry.name} instead")
+            if entry.shapes != predicted:
+                return Site(number, operation, f"shape {entry.shapes} instead of {predicted}")
+            if entry.numbers != operation.numbers:
+                return Site(number, operation, f"numbers {entry.numbers} instead of {operation.numbers}")
         if problem is not None or len(ran) != len(planned):
             return Site(number, planned[-1], problem or "the sliced model ran more operators")
     return None

@@ -31,13 +31,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator call of a trace: name, values read and written, and constants that a cost model needs."""
+    """One operator call of a trace: name, values read and written, constants that a cost model needs, and the numbers
+    that it computes with."""
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     constants: Mapping[str, Any]
+    numbers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Tracer(TorchDispatchMode):
         constants = {k: v for k, v in bound.items() if isinstance(v, int | float | bool) or is_int_list(v)}
         shapes = tuple(tuple(t.shape) for t in written)
         name = func.overloadpacket.__name__
-        self.operations.append(Operation(name, tuple(read), tuple(numbers), shapes, constants))
+        used = numbers_used(func, bound)
+        self.operations.append(Operation(name, tuple(read), tuple(numbers), shapes, constants, used))
         return output
 
     def label(self, call: Call) -> Result:
@@ -170,18 +173,36 @@ def is_int_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
 
 
+def numbers_used(func: Any, bound: Mapping[str, Any]) -> tuple[str, ...]:
+    """The Python numbers that an elementwise operator or a new tensor's entries are made of, as text (NaN == NaN)."""
+    if not is_pointwise(func) and func.overloadpacket.__name__ not in ("full", "new_full", "scalar_tensor"):
+        return ()
+    return tuple(f"{name}={value!r}" for name, value in bound.items() if isinstance(value, int | float))
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One operator of a run: its name, output shapes, and the numbers that it computed with."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    numbers: tuple[str, ...]
+
+
 class OperatorLog(TorchDispatchMode):
-    """Names and output shapes of the operators of a run, in order; those that return no tensor are left out."""
+    """The operators of a run, in order; those that return no tensor are left out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self.entries: list[Logged] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         written = tensors_in([output])
         if written:
-            self.entries.append((func.overloadpacket.__name__, tuple(tuple(t.shape) for t in written)))
+            shapes = tuple(tuple(t.shape) for t in written)
+            used = numbers_used(func, bind(func, args, kwargs or {}))
+            self.entries.append(Logged(func.overloadpacket.__name__, shapes, used))
         return output
 
 

@@ -59,7 +59,7 @@ def select(significance: NDArray[np.float64], family: Widths, model: CostModel, 
 def check_reachable(model: CostModel, limits: Limits, full_widths: Widths) -> None:
     """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
     narrowest = model.cost(np.minimum(full_widths, MIN_WIDTH))
-    broken = [name for name, excess in limits.excess(narrowest).items() if excess > 1]
+    broken = [name for name, limit in limits.by_name.items() if values_of(narrowest, name) > limit]
     if broken:
         parts = [
             f"{name} {shown(name, limits.by_name[name])} (smallest reachable: "

@@ -22,6 +22,7 @@ from cahfp_cli.errors import InputError, VerificationError
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
 from cahfp_cli.models.spec import build, resolve_spec
+from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.report import write_report
@@ -170,9 +171,10 @@ def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:
 
 def onnx_metadata(metadata: SubmodelMetadata) -> dict[str, str]:
     """What an ONNX file says of the submodel in it (`metadata_props`)."""
+    spec = metadata.model.model_copy(update={"spec": portable(metadata.model.spec)})
     return {
         "cahfp.checkpoint": metadata.checkpoint,
-        "cahfp.model": metadata.model.model_dump_json(),
+        "cahfp.model": spec.model_dump_json(),
         "cahfp.input_shape": "x".join(map(str, metadata.input_shape)),
         "cahfp.profile": metadata.profile or "",
         "cahfp.tool": metadata.provenance.tool,

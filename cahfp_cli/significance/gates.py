@@ -1,10 +1,10 @@
 """Gates: one scalar z_c a channel group, 1 in the full model; first and second derivatives of the loss in them.
 
 The gate of a group multiplies what the group's *consumers* read: the inputs of the convolutions and matrix products
-that contract its channels. Every path from the group to the loss passes exactly one consumer, so z_c = 0 is exactly
-the model without the group, also through depthwise convolutions, normalisation and residual additions, and a
-derivative counts each path once. With consumer input `a` and its gradient `da`, the gate's gradient for sample b is
-`sum over positions and consumers of a * da`: no per-sample weight gradients are needed.
+that contract its channels. Every path from the group to the loss passes a consumer, so z_c = 0 is exactly the model
+without the group, also through depthwise convolutions, normalisation and residual additions. With consumer input `a`
+and its gradient `da`, the gate's gradient for sample b is `sum over positions and consumers of a * da`: no per-sample
+weight gradients are needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,10 +86,21 @@ class ConsumerInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in INPUT_POSITION:
             x, weight = (argument(args, kwargs, i) for i in INPUT_POSITION[func])
-            consumer = self.consumers.get(id(weight))
+            consumer = self.consumers.get(id(whole(weight)))
             if consumer is not None:
+                if not x.requires_grad:  # the layers before are frozen; the gate's gradient is wanted all the same
+                    watched = x.detach().requires_grad_()
+                    args = tuple(watched if value is x else value for value in args)
+                    kwargs = {name: watched if value is x else value for name, value in kwargs.items()}
+                    x = watched
                 self.seen.append((consumer, x, func in CHANNELS_SECOND))
         return func(*args, **kwargs)
+
+
+def whole(weight: Any) -> Any:
+    """The parameter of which a weight is a view with all entries, as `w.t()` is; else the weight itself."""
+    base = getattr(weight, "_base", None)
+    return base if base is not None and base.numel() == weight.numel() else weight
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int) -> Any:
@@ -185,17 +196,22 @@ def measure_batch(
     if missing:
         raise InputError(f"gates of {sorted(missing)[0]} cannot be measured: its product is hidden from the tracer")
     inputs = [x for _, x, _ in collector.seen]
+    first_sample = torch.autograd.grad(logits[0].square().sum(), inputs, retain_graph=True, allow_unused=True)
+    strides = [
+        sample_stride(dx, len(samples), second) for dx, (_, _, second) in zip(first_sample, collector.seen, strict=True)
+    ]
 
     def gate_gradients(output: torch.Tensor) -> torch.Tensor:
         """d output / d gate for each sample, (b, groups); `output` is a sum over samples."""
-        gradients = torch.autograd.grad(output, inputs, retain_graph=True)
+        gradients = torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
         total = logits.new_zeros(len(samples), groups + 1)
-        for (consumer, x, channels_second), dx in zip(collector.seen, gradients, strict=True):
+        for (consumer, x, channels_second), dx, stride in zip(collector.seen, gradients, strides, strict=True):
+            if dx is None:  # read by something that the logits do not depend on
+                continue
             product = x.detach() * dx
-            channels = product.shape[1 if channels_second else -1]
-            by_channel = (
-                product.flatten(2).sum(2) if channels_second else product.reshape(len(samples), -1, channels).sum(1)
-            )
+            by_position = product.flatten(2).sum(2) if channels_second else product.flatten(0, -2)
+            channels = by_position.shape[1]
+            by_channel = by_position.reshape(-1, len(samples), stride, channels).sum((0, 2))
             repeats = channels // len(consumer.groups)  # a grouped convolution reads each position once a group
             entries = consumer.groups.repeat(repeats)
             total.index_add_(1, torch.where(entries == KEPT, groups, entries), by_channel)
@@ -212,7 +228,26 @@ def measure_batch(
         return BatchStatistics(losses.detach(), gradient, curvature)
     gradient = gate_gradients(losses.sum())
     curvature = torch.zeros_like(gradient)
+    sound = torch.isfinite(probabilities).all(1, keepdim=True)
+    probabilities = torch.where(sound, probabilities, 1 / classes)  # the caller refuses such a sample by its loss
     for _ in range(draws or DRAWS):
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
         curvature += gate_gradients(nn.functional.cross_entropy(logits, drawn, reduction="sum")).square()
     return BatchStatistics(losses.detach(), gradient, curvature / (draws or DRAWS))
+
+
+def sample_stride(dx: torch.Tensor | None, samples: int, channels_second: bool) -> int:
+    """Rows of a consumer's input, all axes but the channels flattened, between one sample and the next.
+
+    Args: dx: gradient of the first sample's logits in that input: it is zero in the other samples' rows.
+    Raises: InputError: the rows hold the samples neither one after the other nor in turn, or samples mix.
+    """
+    if dx is None or channels_second:
+        return 1
+    rows = dx.flatten(0, -2).ne(0).any(1)
+    for stride in (len(rows) // samples, 1):
+        if stride * samples <= len(rows) and not rows.reshape(-1, samples, stride)[:, 1:].any():
+            return stride
+    raise InputError(
+        "gates cannot be measured: samples of a batch influence one another, or are not along an outer axis"
+    )

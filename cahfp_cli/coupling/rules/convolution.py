@@ -4,6 +4,7 @@ import numpy as np
 
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
+from cahfp_cli.coupling.rules.matmul import NO_GATE
 
 
 def removes_whole_groups(groups: int, inputs_per_group: int) -> bool:
@@ -26,11 +27,11 @@ def convolution(couplings: Couplings, call: Call) -> Axes:
     for kernel_axis in weight[2:]:
         atoms.pin(kernel_axis, "kernel of a convolution")
     out_axis = weight[1] if transposed else weight[0]
+    contracted = False
     if groups == 1:
         in_axis = weight[0] if transposed else weight[1]
         atoms.tie(channels_in, in_axis)
-        if parameter is not None:
-            couplings.consumers[parameter.name, per_group] = None
+        contracted = True
     elif transposed:
         # A transposed weight holds every input channel but only one group's outputs: tie all of it down.
         for axis in (channels_in, weight[0], weight[1]):
@@ -45,8 +46,11 @@ def convolution(couplings: Couplings, call: Call) -> Axes:
         atoms.tie(channels_in, np.tile(weight[1], groups))
         positions = weight[own].reshape(groups, -1)
         atoms.tie(weight[own], np.tile(positions[0], groups))
-        if parameter is not None:
-            couplings.consumers[parameter.name, per_group] = None
+        contracted = True
+    if contracted and parameter is not None:
+        couplings.consumers[parameter.name, per_group] = None
+    elif contracted:
+        atoms.pin(channels_in, NO_GATE)
     if bias is not None:
         atoms.tie(bias[0], out_axis)
     return (x[0], out_axis, *(fixed(n) for n in call.output.shape[2:]))

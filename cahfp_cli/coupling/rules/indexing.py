@@ -44,6 +44,15 @@ def split(couplings: Couplings, call: Call) -> list[Axes | None]:
     return [replaced(x, axis, labels) for labels in np.split(x[axis], ends)]
 
 
+@rule("glu")
+def gated_half(couplings: Couplings, call: Call) -> Axes:
+    """One half of the axis scaled by the other: index i goes together with index i of the other half."""
+    x, axis = call.axes("self"), call["dim"]
+    value, gate = np.split(x[axis], 2)
+    couplings.atoms.tie(value, gate)
+    return replaced(x, axis, value)
+
+
 @rule("slice")
 def cut(couplings: Couplings, call: Call) -> Axes:
     """A whole axis passes; a part of an axis that could be pruned is pinned, since the bounds would move."""

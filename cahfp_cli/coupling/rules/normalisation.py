@@ -1,7 +1,9 @@
 """Normalisation layers."""
 
 import numpy as np
+import torch
 
+from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 
 
@@ -37,7 +39,10 @@ def layer_norm(couplings: Couplings, call: Call) -> list[Axes | None] | Axes:
         if axes is not None:
             for labels, own in zip(affected, axes, strict=True):
                 couplings.atoms.tie(labels, own)
-    return [x] + [None] * (len(call.output) - 1) if isinstance(call.output, tuple | list) else x
+    if isinstance(call.output, torch.Tensor):
+        return x
+    statistics = (*x[: len(x) - len(affected)], *(fixed(1) for _ in affected))
+    return [x, *(statistics if out.dim() == len(x) else None for out in call.output[1:])]
 
 
 @rule("native_group_norm")
@@ -49,8 +54,10 @@ def group_norm(couplings: Couplings, call: Call) -> list[Axes | None]:
     couplings.atoms.tie(channels, np.repeat(groups[:, 0], groups.shape[1]))
     if call["group"] == 1:
         couplings.atoms.pin(channels, "group normalisation with a single group")
+    if call["weight"] is None:
+        couplings.atoms.pin(channels, "group normalisation without a scale, by which the number of groups could follow")
     for name in ("weight", "bias"):
         axes = call.optional_axes(name)
         if axes is not None:
             couplings.atoms.tie(channels, axes[0])
-    return [x] + [None] * (len(call.output) - 1)
+    return [x] + [(x[0], groups[:, 0])] * (len(call.output) - 1)

@@ -42,7 +42,7 @@ def spatial(couplings: Couplings, call: Call) -> Result:
 
 @rule("constant_pad_nd")
 def constant_pad(couplings: Couplings, call: Call) -> Axes:
-    """Padded axes get new entries, free to be pruned if the code that padded follows; cropped axes are pinned."""
+    """An axis that is padded or cropped is pinned: the amounts are constants."""
     x, pads = call.axes("self"), call["pad"]
 
     def padded(labels: Labels, before: int, after: int, length: int) -> Labels:

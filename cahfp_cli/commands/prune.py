@@ -1,9 +1,9 @@
 """`cahfp prune`: one submodel for each device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from cahfp_cli.device.profile import DeviceProfile
     from cahfp_cli.pruning.budget import Budget
     from cahfp_cli.pruning.selection import Selection
+    from cahfp_cli.significance.scores import Scores
     from cahfp_cli.training.evaluation import Metrics
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def prune(
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
     from cahfp_cli.device.catalogue import load_profile
+    from cahfp_cli.significance.scores import read_scores
 
     # Slips in what was typed are answered here, before torch is imported.
     console = Console(json, quiet)
@@ -82,6 +87,7 @@ def prune(
     check_targets(targets, output, force)
     if checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
+    scored = read_scores(scores)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
     from cahfp_cli.commands.networks import given, open_network, recorded
@@ -101,7 +107,12 @@ def prune(
     if dataset is not None:
         check_fits(dataset, network.input_shape, network.classes)
     analysis = analyse(network.model, network.input_shape)
-    significance = read_significance(scores, network, analysis, checkpoint)
+    if not belong_together(scored, network, analysis):
+        raise InputError(
+            f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
+            f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
+        )
+    significance = scored.significance
     selections = [choose(target, significance, network, analysis) for target in targets]
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
@@ -158,13 +169,21 @@ def parse_budget(
     from cahfp_cli.pruning.budget import Budget
 
     return Budget(
-        latency=None if latency is None else parse_seconds(latency),
-        memory=None if memory is None else parse_bytes(memory),
-        storage=None if storage is None else parse_bytes(storage),
-        macs=None if macs is None else parse_limit(macs),
-        params=None if params is None else parse_limit(params),
-        keep=None if keep is None else parse_share(keep),
+        latency=parsed("--latency", latency, parse_seconds),
+        memory=parsed("--memory", memory, parse_bytes),
+        storage=parsed("--storage", storage, parse_bytes),
+        macs=parsed("--macs", macs, parse_limit),
+        params=parsed("--params", params, parse_limit),
+        keep=parsed("--keep", keep, parse_share),
     )
+
+
+def parsed(flag: str, text: str | None, parse: Callable[[str], T]) -> T | None:
+    """The value of a flag, None without it. Raises: UsageError: not a quantity; the flag is named."""
+    try:
+        return None if text is None else parse(text)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def make_targets(profiles: Sequence["DeviceProfile"], budget: "Budget", output: Path) -> list[Target]:
@@ -201,22 +220,11 @@ def check_targets(targets: Sequence[Target], output: Path, force: bool) -> None:
         check_folder_target(target.folder if target.folder.parent.exists() else output, force)
 
 
-def read_significance(
-    scores: Path, network: "Network", analysis: "Analysis", checkpoint: Path
-) -> "NDArray[np.float64]":
-    """The significance of each group. Raises: InputError: the scores are damaged or those of another checkpoint."""
+def belong_together(scores: "Scores", network: "Network", analysis: "Analysis") -> bool:
+    """Whether the scores were measured on this checkpoint, with the groups that we find now."""
     import numpy as np
 
-    from cahfp_cli.significance.scores import read_scores
-
-    found = read_scores(scores)
-    same_groups = np.array_equal(found.family, analysis.groups.family)
-    if found.metadata.checkpoint != network.digest or not same_groups:
-        raise InputError(
-            f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
-            f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
-        )
-    return found.significance
+    return scores.metadata.checkpoint == network.digest and np.array_equal(scores.family, analysis.groups.family)
 
 
 def choose(

@@ -67,6 +67,15 @@ class Mode:
 MODES = (Mode(training=False, batch=1), Mode(training=True, batch=2))
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a sliced model departed from the prediction: an operator of trace number `trace`."""
+
+    trace: int
+    operation: Operation
+    problem: str
+
+
 def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Analysis:
     """Find the channel groups of a network.
 
@@ -81,14 +90,22 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
     """
     meta = to_meta(model)
     choices: dict[tuple[int, ...], int] = {}
-    while True:
-        couplings = Couplings(Atoms(), split_choice=choices)
-        labels = labels_of_parameters(meta, couplings)
-        evaluation = trace(meta, input_shape, dtype, MODES[0], couplings, labels)
-        consumers = tuple(couplings.consumers)  # those of training alone (auxiliary heads) do not count for the loss
-        traces = (evaluation, trace(meta, input_shape, dtype, MODES[1], couplings, labels))
-        if not revise_choices(couplings):
-            break
+    while (analysis := attempt(meta, input_shape, dtype, choices)) is None:
+        pass
+    return analysis
+
+
+def attempt(
+    meta: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, choices: dict[tuple[int, ...], int]
+) -> Analysis | None:
+    """Trace, solve, and pin what slicing shows to be fixed; None if a split chose the wrong axis: then trace again."""
+    couplings = Couplings(Atoms(), split_choice=choices)
+    labels = labels_of_parameters(meta, couplings)
+    evaluation = trace(meta, input_shape, dtype, MODES[0], couplings, labels)
+    consumers = tuple(couplings.consumers)  # those of training alone (auxiliary heads) do not count for the loss
+    traces = (evaluation, trace(meta, input_shape, dtype, MODES[1], couplings, labels))
+    if revise_choices(couplings):
+        return None
     prunable = {name: axes for name, axes in labels.items() if name in meta.state_dict()}
     rng = np.random.default_rng(0)
     for _ in range(MAX_REPAIRS):
@@ -98,10 +115,10 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
         site = next((site for site in sites if site is not None), None)
         if site is None:
             return analysis
-        before = groups.count
+        if revise_choice_at(couplings, traces, site):
+            return None
         pin_site(couplings, traces, site)
-        after = solve(couplings.atoms, prunable, consumers)[0].count
-        if after == before:
+        if solve(couplings.atoms, prunable, consumers)[0].count == groups.count:
             raise InputError(f"the model's widths cannot be followed at operator {site.operation.name}: {site.problem}")
     raise InputError(f"the model's widths are fixed in more than {MAX_REPAIRS} places of its code")
 
@@ -153,6 +170,17 @@ def revise_choices(couplings: Couplings) -> bool:
     return bool(revised)
 
 
+def revise_choice_at(couplings: Couplings, traces: tuple[Trace, ...], site: Site) -> bool:
+    """Move on to the next axis of the split at a site, if it is one; the code fixes the length of the chosen axis."""
+    values = traces[site.trace].values
+    written = [labels for value in site.operation.outputs for labels in values[value].axes]
+    for shape, _, along in couplings.splits:
+        if any(labels is along for labels in written) and couplings.split_choice[shape] + 1 < len(shape):
+            couplings.split_choice[shape] += 1
+            return True
+    return False
+
+
 def probes(groups: ChannelGroups, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
     """Masks that keep at least one group of each family: one that keeps no more, and random ones.
 
@@ -164,15 +192,6 @@ def probes(groups: ChannelGroups, rng: np.random.Generator) -> Iterator[NDArray[
         for family in np.flatnonzero(groups.widths(kept) == 0):
             kept[rng.choice(np.flatnonzero(groups.family == family))] = True
         yield kept
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a sliced model departed from the prediction: an operator of trace number `trace`."""
-
-    trace: int
-    operation: Operation
-    problem: str
 
 
 def first_mismatch(meta: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> Site | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cahfp_cli.coupling.atoms import fixed
@@ -206,13 +207,29 @@ class OperatorLog(TorchDispatchMode):
         return output
 
 
+PRODUCTS = frozenset(
+    {nn.functional.linear, nn.functional.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul}
+    | {torch.Tensor.__matmul__}
+)
+
+
+class ContiguousProducts(TorchFunctionMode):
+    """Gives matrix products contiguous operands: they choose their operators by memory layout, and an axis of length 1
+    has every layout, so that a narrow model would run other operators than the full one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS:
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
+        return func(*args, **(kwargs or {}))
+
+
 def forward(model: nn.Module, inputs: tuple[torch.Tensor, ...], training: bool, mode: TorchDispatchMode) -> Any:
     """One forward pass under a dispatch mode, without gradients."""
     model.train(training)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide the whole attention in one operator
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), ContiguousProducts(), mode:
             return model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

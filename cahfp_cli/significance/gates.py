@@ -161,10 +161,10 @@ def gate_statistics(
             raise InputError(
                 f"calibration sample {number} gives a non-finite loss or gradient: check it and the weights"
             )
-        loss += float(batch.losses.double().sum())
-        gradient = batch.gradient.double()
-        rows = (gradient.sum(0), gradient.abs().sum(0), gradient.square().sum(0), batch.curvature.double().sum(0))
-        totals += np.stack([row.cpu().numpy() for row in rows])
+        # To the CPU first: not every device has float64.
+        loss += float(batch.losses.cpu().double().sum())
+        gradient, curvature = batch.gradient.cpu().double().numpy(), batch.curvature.cpu().double().numpy()
+        totals += np.stack([gradient.sum(0), np.abs(gradient).sum(0), np.square(gradient).sum(0), curvature.sum(0)])
         on_progress(min(first + batch_size, len(x)), len(x))
     totals /= len(x)
     return GateStatistics(totals[0], totals[1], totals[2], totals[3], len(x), loss / len(x))

@@ -37,13 +37,13 @@ def repeatable(seed: int, device: torch.device) -> Iterator[None]:
 
     An operator without a deterministic form warns and still runs.
     """
-    was_on = torch.are_deterministic_algorithms_enabled()
-    was_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not use_deterministic_algorithms, which does the same but imports torch's compiler (1 s).
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(was_on, warn_only=was_warn)
+            torch.set_deterministic_debug_mode(mode)

@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.
     try:
         with torch.inference_mode():
             return measure(
-                (class_logits(model, x, dataset.classes, device).double().cpu().numpy(), y)
+                (class_logits(model, x, dataset.classes, device).cpu().double().numpy(), y)
                 for x, y in batches(dataset, batch_size, seed=None)
             )
     finally:

@@ -132,7 +132,10 @@ OPERATORS = {
     "squeeze and unsqueeze": (lambda x: x.mean((2, 3), keepdim=True).squeeze(-1).unsqueeze(-1), FREE),
     "expand space": (lambda x: x.mean((2, 3), keepdim=True).expand(-1, -1, 2, 2), FREE),
     "batch and channels merged": (lambda x: x.reshape(-1, 1, SIDE, SIDE).abs().reshape(x.shape), FREE),
-    "batch and space merged": (lambda x: x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).reshape(-1, 16, x.shape[1]), FREE),
+    "batch and space merged": (
+        lambda x: x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).reshape(-1, 16, x.shape[1]),
+        FREE,
+    ),
     "split into pairs, then merged": (lambda x: x.reshape(len(x), -1, 2, SIDE, SIDE).abs().flatten(1, 2), HALF),
     "split into halves, fixed": (lambda x: x.reshape(len(x), 2, -1, SIDE, SIDE).abs().flatten(1, 2), HALF),
     "channel shuffle": (
@@ -140,13 +143,19 @@ OPERATORS = {
         HALF,
     ),
     "window partition": (
-        lambda x: x.reshape(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, x.shape[1]).mean(1)
-        .reshape(len(x), 4, -1).mean(1),
+        lambda x: (
+            x.reshape(len(x), -1, 2, 2, 2, 2)
+            .permute(0, 2, 4, 3, 5, 1)
+            .reshape(-1, 4, x.shape[1])
+            .mean(1)
+            .reshape(len(x), 4, -1)
+            .mean(1)
+        ),
         FREE,
     ),
     "a width in the code": (lambda x: x.reshape(len(x), 6, 16).mean(-1), FIXED),
     # cutting and joining
-    "concatenation": (lambda x: torch.cat([x, torch.relu(x), x.flip(2)[:, :0]], 1), FREE),
+    "concatenation": (lambda x: torch.cat([x, torch.relu(x)], 1), FREE),
     "concatenation along space": (lambda x: torch.cat([x, -x], 3), FREE),
     "stack": (lambda x: torch.stack([x, -x], 1).sum(1), FREE),
     "stack as last axis": (lambda x: torch.stack([x, -x], -1).amax(-1), FREE),
@@ -181,3 +190,358 @@ def test_operator_between_two_convolutions(name):
         analysis = analyse(model, (2, SIDE, SIDE))
         width = len(set(analysis.groups.labels["a.weight"][0].tolist()) - {KEPT})
     check(model, (2, SIDE, SIDE), {"a.weight": width})
+
+
+# --- layers with parameters of their own ----------------------------------------------------------------------------
+
+
+def chain(*layers):
+    """Layers with a 1x1 convolution to 3 channels after them."""
+    with torch.no_grad():
+        channels = nn.Sequential(*layers).train()(torch.rand(2, 2, SIDE, SIDE)).shape[1]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 3, 1))
+
+
+def first(width=6):
+    return nn.Conv2d(2, width, 3, padding=1)
+
+
+LAYERS = {
+    "dense": (lambda: chain(first(), nn.Conv2d(6, 4, 3, stride=2)), {"0.weight": 6, "1.weight": 4}),
+    "transposed": (lambda: chain(first(), nn.ConvTranspose2d(6, 4, 2, stride=2)), {"0.weight": 6, "1.weight": 6}),
+    "transposed, grouped": (lambda: chain(first(), nn.ConvTranspose2d(6, 4, 2, groups=2)), {"0.weight": 0}),
+    "depthwise": (lambda: chain(first(), nn.Conv2d(6, 6, 3, groups=6)), {"0.weight": 6, "1.weight": 6}),
+    "depthwise, multiplied": (lambda: chain(first(), nn.Conv2d(6, 12, 3, groups=6)), {"0.weight": 6, "1.weight": 6}),
+    "many small groups": (lambda: chain(first(), nn.Conv2d(6, 3, 3, groups=3)), {"0.weight": 3, "1.weight": 3}),
+    "few large groups": (lambda: chain(first(), nn.Conv2d(6, 8, 3, groups=2)), {"0.weight": 3, "1.weight": 4}),
+    "circular padding": (lambda: chain(first(), nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular")), {}),
+    "batch norm": (lambda: chain(first(), nn.BatchNorm2d(6)), {"0.weight": 6, "1.weight": 6}),
+    "batch norm without scale": (lambda: chain(first(), nn.BatchNorm2d(6, affine=False)), {"0.weight": 6}),
+    "batch norm of the batch": (lambda: chain(first(), nn.BatchNorm2d(6, track_running_stats=False)), {"0.weight": 6}),
+    "batch norm, neither": (
+        lambda: chain(first(), nn.BatchNorm2d(6, affine=False, track_running_stats=False)),
+        {"0.weight": 6},
+    ),
+    "group norm": (lambda: chain(first(), nn.GroupNorm(3, 6)), {"0.weight": 3, "1.weight": 3}),
+    "group norm, one group": (lambda: chain(first(), nn.GroupNorm(1, 6)), {"0.weight": 0}),
+    "group norm without scale": (lambda: chain(first(), nn.GroupNorm(3, 6, affine=False)), {"0.weight": 0}),
+    "group norm, each channel": (lambda: chain(first(), nn.GroupNorm(6, 6)), {"0.weight": 6}),
+    "instance norm": (lambda: chain(first(), nn.InstanceNorm2d(6)), {"0.weight": 6}),
+    "layer norm of space": (lambda: chain(first(), nn.LayerNorm([SIDE, SIDE])), {"0.weight": 6}),
+    "layer norm of everything": (lambda: chain(first(), nn.LayerNorm([6, SIDE, SIDE])), {"0.weight": 6}),
+    "layer norm without scale": (
+        lambda: chain(first(), nn.LayerNorm([6, SIDE, SIDE], elementwise_affine=False)),
+        {"0.weight": 0},
+    ),
+    "slope a channel": (lambda: chain(first(), nn.PReLU(6)), {"0.weight": 6, "1.weight": 6}),
+    "one slope": (lambda: chain(first(), nn.PReLU()), {"0.weight": 6}),
+    "dropout": (lambda: chain(first(), nn.Dropout(0.5)), {"0.weight": 6}),
+    "dropout of channels": (lambda: chain(first(), nn.Dropout2d(0.5)), {"0.weight": 6}),
+    "dropout in place": (lambda: chain(first(), nn.Dropout(0.5, inplace=True)), {"0.weight": 6}),
+    "alpha dropout": (lambda: chain(first(), nn.AlphaDropout(0.5)), {"0.weight": 6}),
+    "pixel shuffle": (lambda: chain(first(8), nn.PixelShuffle(2)), {"0.weight": 0}),
+    "unflatten": (lambda: chain(first(), nn.Unflatten(1, (-1, 2)), nn.Flatten(1, 2)), {"0.weight": 3}),
+    "computed weight": (lambda: chain(first(), Standardised(6, 4, 3)), {"0.weight": 0, "1.weight": 4}),
+    "weight normalisation": (
+        lambda: chain(first(), nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 4, 3))),
+        {"0.weight": 0},
+    ),
+    "one channel": (lambda: chain(first(1), nn.Conv2d(1, 4, 3)), {"0.weight": 1, "1.weight": 4}),
+}
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with its weight brought to mean 0 and deviation 1 an output channel."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) * torch.rsqrt(variance + 1e-5), self.bias)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name):
+    factory, widths = LAYERS[name]
+    torch.manual_seed(1)
+    check(factory(), (2, SIDE, SIDE), widths)
+
+
+def linear_net(forward, **layers):
+    """A module of the given layers with that forward."""
+    net = type("Net", (nn.Module,), {"forward": forward})()
+    for name, layer in layers.items():
+        setattr(net, name, layer)
+    return net
+
+
+class Tokens(nn.Module):
+    """An embedding and a mean over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.table((x * 3).long()).mean(1))
+
+
+def heads(**arguments):
+    """Attention with whole heads to lose, on four tokens of the input."""
+    return linear_net(
+        lambda self, x: self.head(self.attention(self.inner(x)).mean(1)),
+        inner=nn.Linear(5, 4),
+        attention=Attention(4, 3, 2, **arguments),
+        head=nn.Linear(4, 3),
+    )
+
+
+def hard_coded_heads(self, x):
+    """Two heads by number: what may be pruned of v is the width of a head."""
+    b, n, _ = x.shape
+    q, k, v = (layer(x).view(b, n, 2, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    return self.out(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)).mean(1)
+
+
+PRODUCTS = {
+    "linear": (
+        lambda: linear_net(lambda self, x: self.b(self.a(x)), a=nn.Linear(5, 4), b=nn.Linear(4, 3)),
+        (5,),
+        {"a.weight": 4, "b.weight": 0},
+    ),
+    "product with a transposed parameter": (
+        lambda: linear_net(lambda self, x: self.a(x) @ self.b.weight.t(), a=nn.Linear(5, 4), b=nn.Linear(4, 3)),
+        (5,),
+        {"a.weight": 4},
+    ),
+    "parameter on the left": (
+        lambda: linear_net(
+            lambda self, x: (self.b.weight @ self.a(x).transpose(1, 2)).mean(-1), a=nn.Linear(5, 4), b=nn.Linear(4, 3)
+        ),
+        (2, 5),
+        {"a.weight": 0},
+    ),
+    "einsum with a parameter": (
+        lambda: linear_net(
+            lambda self, x: torch.einsum("bnc,dc->bnd", self.a(x), self.b.weight).mean(1),
+            a=nn.Linear(5, 4),
+            b=nn.Linear(4, 3),
+        ),
+        (2, 5),
+        {"a.weight": 0},
+    ),
+    "slice of a parameter": (
+        lambda: linear_net(
+            lambda self, x: F.linear(self.a(x), self.b.weight[:3]), a=nn.Linear(5, 4), b=nn.Linear(4, 6)
+        ),
+        (5,),
+        {"a.weight": 0, "b.weight": 0},
+    ),
+    "heads, apart": (lambda: heads(packed=False, fused=False), (4, 5), {"attention.q.weight": 3, "inner.weight": 4}),
+    "heads, packed": (lambda: heads(packed=True, fused=False), (4, 5), {"attention.qkv.weight": 3}),
+    "heads, fused": (lambda: heads(packed=True, fused=True), (4, 5), {"attention.qkv.weight": 3}),
+    "heads by number": (
+        lambda: linear_net(
+            hard_coded_heads, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 6), out=nn.Linear(6, 3)
+        ),
+        (4, 5),
+        {"q.weight": 0, "k.weight": 0, "v.weight": 3},
+    ),
+    "one head": (
+        lambda: linear_net(
+            lambda self, x: self.out((self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x)).mean(1),
+            q=nn.Linear(5, 4),
+            k=nn.Linear(5, 4),
+            v=nn.Linear(5, 4),
+            out=nn.Linear(4, 3),
+        ),
+        (4, 5),
+        {"q.weight": 0, "k.weight": 0, "v.weight": 4},
+    ),
+    "multi-head attention of torch": (
+        lambda: linear_net(
+            lambda self, x: self.head(self.mlp(self.attention(*[self.inner(x)] * 3)[0]).mean(1)),
+            inner=nn.Linear(5, 4),
+            attention=nn.MultiheadAttention(4, 2, batch_first=True),
+            mlp=nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)),
+            head=nn.Linear(4, 3),
+        ),
+        (4, 5),
+        {"mlp.0.weight": 6},
+    ),
+    "embedding": (Tokens, (4,), {"table.weight": 0}),
+    "recurrent": (
+        lambda: linear_net(
+            lambda self, x: self.head(self.lstm(self.inner(x))[0][:, -1]),
+            inner=nn.Linear(5, 4),
+            lstm=nn.LSTM(4, 4, batch_first=True),
+            head=nn.Linear(4, 3),
+        ),
+        (4, 5),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product(name):
+    factory, shape, widths = PRODUCTS[name]
+    torch.manual_seed(1)
+    check(factory(), shape, widths)
+
+
+def test_layer_norm_over_channels_is_labelled_as_no_masking():
+    groups = check(
+        linear_net(
+            lambda self, x: self.b(self.norm(self.a(x))), a=nn.Linear(5, 4), norm=nn.LayerNorm(4), b=nn.Linear(4, 3)
+        ),
+        (5,),
+        {"a.weight": 4, "norm.weight": 4},
+    )
+    assert groups.not_mask_equivalent == {0: "layer normalisation over the axis"}
+
+
+# --- code that fixes or follows widths ------------------------------------------------------------------------------
+
+
+def hard(f):
+    """A convolution of 6 channels, f, a consumer of them."""
+    return linear_net(lambda self, x: self.b(f(self, self.a(x))), a=first(), b=nn.Conv2d(6, 3, 1))
+
+
+class Counting(nn.Module):
+    """Registers a buffer, and changes a layer's bias, on its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = first(), nn.Conv2d(6, 3, 1)
+        self.ready = False
+
+    def forward(self, x):
+        x = self.a(x)
+        if not self.ready:
+            self.ready = True
+            self.register_buffer("offset", torch.ones(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device))
+        return self.b(x + self.offset)
+
+
+FOLLOWING = {
+    "view by number": lambda self, x: x.view(len(x), 6, -1).view(len(x), 6, SIDE, SIDE),
+    "norm by number": lambda self, x: F.layer_norm(x.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2),
+    "zeros by number": lambda self, x: x + torch.zeros(len(x), 6, 1, 1, dtype=x.dtype, device=x.device),
+    "added constant of the width": lambda self, x: x + x.shape[1],
+    "scaled by the width": lambda self, x: x * x.shape[1] ** -0.5,
+    "divided by the width": lambda self, x: x / x.shape[1],
+    "filled with the width": lambda self, x: x + x.new_full((1, 1, 1, 1), float(x.shape[1])),
+    "another branch for other widths": lambda self, x: x if x.shape[1] == 6 else x + 1,
+    "a branch less for other widths": lambda self, x: x + 1 if x.shape[1] == 6 else x,
+    "another function for other widths": lambda self, x: torch.relu(x) if x.shape[1] == 6 else torch.sigmoid(x),
+    "another pooling for other widths": lambda self, x: F.avg_pool2d(x, 3, 1, 1 if x.shape[1] == 6 else 0),
+    "an assertion": lambda self, x: x if x.shape[1] == 6 else [][0],
+    "a layer's own attribute": lambda self, x: x * self.a.out_channels,
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_code_that_follows_a_width_is_pinned_not_wrong(name):
+    check(hard(FOLLOWING[name]), (2, SIDE, SIDE), {"a.weight": 0})
+
+
+def test_repair_spares_the_rest_of_the_network():
+    model = nn.Sequential(first(), nn.ReLU(), hard(FOLLOWING["view by number"]), nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 1))
+    model[2].a = nn.Conv2d(6, 6, 1)
+    groups = check(model, (2, SIDE, SIDE), {"0.weight": 6, "2.a.weight": 0, "2.b.weight": 3, "3.weight": 5})
+    assert "code fixes a width" in groups.pinned["2.a.weight", 0]
+
+
+def test_an_operator_of_someone_else_is_pinned():
+    with torch.library._scoped_library("cahfp_test", "DEF") as library:
+        library.define("mystery(Tensor x) -> Tensor")
+        library.impl("mystery", lambda x: x.flip(1), "CPU")
+        library.impl("mystery", torch.empty_like, "Meta")
+        groups = check(hard(lambda self, x: torch.ops.cahfp_test.mystery(x)), (2, SIDE, SIDE), {"a.weight": 0})
+    assert groups.pinned["a.weight", 0] == "operator mystery has no rule"
+
+
+def test_a_model_that_changes_itself_on_its_first_forward():
+    model = Counting()
+    check(copy.deepcopy(model), (2, SIDE, SIDE), {"a.weight": 6})
+    analyse(model, (2, SIDE, SIDE))
+    assert not model.ready
+
+
+def test_a_head_for_training_alone_is_followed_too():
+    def forward(self, x):
+        x = self.a(x)
+        return (self.b(x), self.extra(x)) if self.training else self.b(x)
+
+    model = linear_net(forward, a=first(), b=nn.Conv2d(6, 3, 1), extra=nn.Conv2d(6, 2, 1))
+    groups = check(model, (2, SIDE, SIDE), {"a.weight": 6})
+    assert (groups.labels["extra.weight"][1] == groups.labels["a.weight"][0]).all()
+    assert groups.consumers == (("a.weight", 1), ("b.weight", 1))
+
+
+def test_dropout_and_batch_norm_in_training_mode():
+    torch.manual_seed(0)
+    model = chain(first(), nn.BatchNorm2d(6), nn.Dropout2d(0.5), nn.Dropout(0.5))
+    analysis = analyse(model, (2, SIDE, SIDE))
+    kept = np.array([True, False] * 3)
+    compact = cut(model, analysis, kept).train()
+    assert compact(torch.rand(3, 2, SIDE, SIDE)).shape == (3, 3, SIDE, SIDE)
+    assert compact[1].running_mean.shape == (3,)
+
+
+def test_a_model_that_cannot_run_says_on_which_shape():
+    with pytest.raises(InputError, match="input of shape 3x4x4"):
+        analyse(chain(first()), (3, SIDE, SIDE))
+
+
+def test_a_mask_that_the_code_cannot_follow_is_refused_not_cut():
+    model = hard(lambda self, x: x)
+    analysis = analyse(model, (2, SIDE, SIDE))
+    other = hard(FOLLOWING["view by number"])
+    with pytest.raises(VerificationError, match="operator"):
+        cut(other, analysis, np.array([True, False] * 3))
+
+
+def test_images_through_a_transformer_of_the_library():
+    library = pytest.importorskip("transformers")
+    config = library.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=6, image_size=8, patch_size=4,
+        num_channels=2, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = library.ViTForImageClassification(config).eval()
+    analysis = analyse(model, (2, 8, 8))
+    groups = analysis.groups
+    assert sum(name.endswith("fc1.weight") or "intermediate" in name for name in groups.names) == 2, groups.names
+    x = torch.rand(3, 2, 8, 8)
+    for seed in range(5):
+        compact = cut(model, analysis, Masks("random", seed).of(groups))
+        kept = Masks("random", seed).of(groups, equivalent=True)
+        with torch.no_grad():
+            assert torch.isfinite(compact(x).logits).all()
+            found, expected = cut(model, analysis, kept)(x).logits, masked(model, groups, kept)(x).logits
+            assert difference(found, expected) <= 1e-5
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((2, 6), (12,), [([0, 1], [0])]),
+        ((12,), (2, 6), [([0], [0, 1])]),
+        ((2, 3, 4), (2, 12), [([0], [0]), ([1, 2], [1])]),
+        ((1, 6, 1), (6,), [([1], [0])]),
+        ((6, 4), (4, 6), [([0, 1], [0, 1])]),
+        ((4, 6, 5), (8, 3, 1, 5), [([0, 1], [0, 1]), ([2], [3])]),
+        ((1, 1), (1,), []),
+    ],
+)
+def test_reshape_is_factored_into_the_shortest_blocks(before, after, expected):
+    assert list(blocks(before, after)) == expected
+
+
+def test_every_rule_names_an_operator_of_torch():
+    unknown = [name for name in RULES if not hasattr(torch.ops.aten, name)]
+    assert unknown == []

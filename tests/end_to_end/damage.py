@@ -38,7 +38,10 @@ def with_value(value: float) -> Callable[[Path, Path], Path]:
 
 
 def without_tensor(source: Path, target: Path) -> Path:
-    return rewritten(source, target, lambda tensors, record: tensors.pop(WEIGHT) and None)
+    def change(tensors: Tensors, record: dict[str, Any]) -> None:
+        del tensors[WEIGHT]
+
+    return rewritten(source, target, change)
 
 
 def reshaped(source: Path, target: Path) -> Path:

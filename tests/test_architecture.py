@@ -1,0 +1,208 @@
+"""The direction of dependencies (DESIGN.md section 5), and what must never import torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import COMMAND, Clients, Fleet, environment
+
+PACKAGE = Path(__file__).parents[1] / "cahfp_cli"
+TIERS = (
+    ("errors",),
+    ("coupling", "models", "data", "checkpoint"),
+    ("training", "pruning", "significance", "reconstruction", "device", "export"),
+    ("federation", "plots"),
+    ("commands",),
+    ("app", "__main__"),
+)
+# One-file modules at the top of the package that the tiers do not name: the tier that each serves.
+HELPERS = {"__init__": 0, "factories": 1, "provenance": 1, "output": 4}
+TIER = {**{name: number for number, names in enumerate(TIERS) for name in names}, **HELPERS}
+CORE = [name for name, tier in TIER.items() if tier <= 3]
+TORCH_FREE = (
+    "cahfp_cli.checkpoint",
+    "cahfp_cli.reconstruction",
+    "cahfp_cli.pruning.index_map",
+    "cahfp_cli.pruning.files",
+    "cahfp_cli.pruning.report",
+    "cahfp_cli.device.profile",
+    "cahfp_cli.device.catalogue",
+    "cahfp_cli.significance.scores",
+    "cahfp_cli.provenance",
+    "cahfp_cli.errors",
+    "cahfp_cli.output",
+    "cahfp_cli.app",
+    "cahfp_cli.commands",
+)
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    """The package or module directly under `cahfp_cli` that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each dotted name that a file imports, and whether at module level (not in a function, not for types only)."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
+        for node in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in lazy
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) not in lazy
+
+
+def own(name: str) -> str | None:
+    """The part of `cahfp_cli` that a dotted name lies in, None for another package."""
+    head, _, rest = name.partition(".")
+    if head != "cahfp_cli":
+        return None
+    first = rest.partition(".")[0]
+    return first if first in TIER else "__init__"
+
+
+def test_every_part_of_the_package_has_its_tier() -> None:
+    assert {part(path) for path in FILES} <= set(TIER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    for name, _ in imports(path):
+        target = own(name)
+        if target is not None and target != part(path):
+            assert TIER[target] <= TIER[part(path)], f"{part(path)} imports {name}"
+
+
+def test_no_cycle_between_packages_at_module_level() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        targets = {own(name) for name, eager in imports(path) if eager} - {None, part(path), "__init__"}
+        graph.setdefault(part(path), set()).update(target for target in targets if target is not None)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"cycle of packages: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_neither_prints_nor_knows_of_the_command_line(name: str) -> None:
+    for path in (path for path in FILES if part(path) == name):
+        for target, _ in imports(path):
+            assert target.partition(".")[0] not in ("typer", "rich", "click", "argparse"), path
+            assert own(target) != "output", path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name):
+                assert node.id != "print", path
+            elif isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("sys.stdout", "sys.stderr", "sys.exit"), path
+
+
+def test_commands_do_not_import_one_another_and_share_only_options_and_networks() -> None:
+    for path in (PACKAGE / "commands").glob("*.py"):
+        for name, _ in imports(path):
+            if name.startswith("cahfp_cli.commands"):
+                assert name.split(".")[2] in ("options", "networks"), f"{path.name} imports {name}"
+
+
+def modules() -> list[str]:
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES]
+    return [
+        name.removesuffix(".__init__")
+        for name in names
+        if name != "cahfp_cli.__main__" and any(name == free or name.startswith(f"{free}.") for free in TORCH_FREE)
+    ]
+
+
+def test_what_is_torch_free_imports_neither_torch_nor_a_network_library() -> None:
+    code = f"""
+import importlib, sys
+for name in {modules()!r}:
+    importlib.import_module(name)
+    heavy = {{"torch", "onnx", "onnxruntime", "sklearn", "transformers", "timm"}} & sys.modules.keys()
+    assert not heavy, (name, heavy)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+BLOCK_TORCH = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise RuntimeError("TORCH WAS IMPORTED")
+
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the installed command cannot import torch."""
+    folder = tmp_path_factory.mktemp("blocker")
+    (folder / "sitecustomize.py").write_text(BLOCK_TORCH)
+    return environment({"PYTHONPATH": str(folder), "CAHFP_DEBUG": "1"})
+
+
+def run(env: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(COMMAND), *map(str, arguments)], capture_output=True, text=True, check=False, env=env)
+
+
+def test_the_blocker_blocks(without_torch: dict[str, str], fleet: Fleet) -> None:
+    done = run(without_torch, "evaluate", fleet.checkpoint)
+    assert done.returncode == 1 and "TORCH WAS IMPORTED" in done.stderr
+
+
+COMMANDS = ("train", "score", "prune", "evaluate", "reconstruct", "inspect", "profile")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("profile", "predict")], ids=" ".join)
+def test_help_needs_no_torch(without_torch: dict[str, str], command: tuple[str, ...]) -> None:
+    done = run(without_torch, *command, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: cahfp")
+    if not command:
+        assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_version_and_profiles_need_no_torch(without_torch: dict[str, str]) -> None:
+    assert run(without_torch, "--version").stdout.startswith("cahfp ")
+    assert "stm32h743" in run(without_torch, "profile", "list").stdout
+    assert "Cortex-M7" in run(without_torch, "profile", "show", "stm32").stdout
+
+
+def test_completion_needs_no_torch(without_torch: dict[str, str]) -> None:
+    asked = {**without_torch, "_CAHFP_COMPLETE": "complete_bash", "COMP_WORDS": "cahfp re", "COMP_CWORD": "1"}
+    assert run(asked).stdout.split() == ["reconstruct"]
+
+
+def test_inspect_needs_no_torch(without_torch: dict[str, str], fleet: Fleet, clients: Clients) -> None:
+    submodel = clients.folders["stm32h743"]
+    files = [fleet.checkpoint, fleet.scores, clients.merged, fleet.folder / "fleet", *sorted(submodel.iterdir())]
+    for path in files:
+        assert run(without_torch, "inspect", path, "--json").returncode == 0, path
+
+
+def test_reconstruct_needs_no_torch(
+    without_torch: dict[str, str], fleet: Fleet, clients: Clients, tmp_path: Path
+) -> None:
+    output = tmp_path / "merged.safetensors"
+    done = run(without_torch, "reconstruct", fleet.checkpoint, *clients.folders.values(), "-o", output)
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == clients.merged.read_bytes()

@@ -51,6 +51,10 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # as Typer ends on Ctrl-C
+            sys.stderr.write("interrupted: nothing was left half-written\n")
+        raise
     except BrokenPipeError:  # the reader left early, such as `| head`: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
@@ -59,9 +63,6 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing was left half-written\n")
-        sys.exit(INTERRUPTED)
 
 
 def exit_code(error: Exception) -> int:

@@ -66,6 +66,7 @@ def non_iid_shares(data: str, clients: int, alpha: float, seed: int, folder: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model-arg", action="append", default=[])
     parser.add_argument("--device", action="append", help=f"NAME:BUDGET, may be repeated; default {' '.join(DEVICES)}")
     parser.add_argument("--public", default="digits@train[0:150]", help="what the global checkpoint is trained on")
     parser.add_argument("--private", default="digits@train[150:1442]", help="what the devices share among them")
@@ -89,8 +90,19 @@ def main() -> None:
     threads = ["--threads", options.threads] if options.threads else []
     seed = ["--seed", str(options.seed), *threads]
     checkpoint, scores, merged = out / "global.safetensors", out / "scores.safetensors", out / "global-1.safetensors"
+    model_args = [word for pair in options.model_arg for word in ("--model-arg", pair)]
     cahfp(
-        "train", "--model", options.model, "--data", options.public, "--epochs", options.epochs, *seed, "-o", checkpoint
+        "train",
+        "--model",
+        options.model,
+        *model_args,
+        "--data",
+        options.public,
+        "--epochs",
+        options.epochs,
+        *seed,
+        "-o",
+        checkpoint,
     )
     cahfp("score", checkpoint, "--data", options.public, "--samples", options.samples, *seed, "-o", scores)
     before = cahfp("evaluate", checkpoint, "--data", options.test, "--no-latency", *threads)

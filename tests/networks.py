@@ -1,6 +1,6 @@
 """Random small networks for property tests, masks over their channel groups, and what masking them must give.
 
-Everything a network is made of follows from drawn integers, so that Hypothesis can shrink a counterexample.
+Everything a network is made of follows from drawn integers, so that a counterexample can be built again.
 """
 
 import copy
@@ -22,9 +22,16 @@ IMAGE = (2, SIDE, SIDE)
 
 
 def examples(count: int) -> settings:
-    """The same examples in every run: a test that fails in CI fails everywhere."""
+    """The same examples in every run: a test that fails in CI fails everywhere. Shrinking would take minutes."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    return settings(phases=[Phase.explicit, Phase.generate], max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow, database=None)
+    return settings(
+        phases=[Phase.explicit, Phase.generate],
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=slow,
+        database=None,
+    )
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,22 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure accuracy and loss on data, and on this machine latency and size."""
-    from cahfp_cli.commands.networks import open_network
+    from cahfp_cli.commands.networks import check_there, open_network
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
+
+    # Slips in what was typed are answered here, before torch is imported.
+    console = Console(json, quiet)
+    check_there(network)
+    dataset = load_data(data, data_root=data_root, default_split="test")
+
     from cahfp_cli.device.quantities import format_bytes, format_seconds
     from cahfp_cli.training import evaluation
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.latency import latency as time_network
     from cahfp_cli.training.latency import latency_onnx
 
-    console = Console(json, quiet)
     use_threads(threads)
-    dataset = load_data(data, data_root=data_root, default_split="test")
     if network.suffix == ".onnx":
         if device not in ("auto", "cpu"):
             raise UsageError(f"--device {device}: ONNX files are evaluated on the CPU.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cahfp_cli.errors import UsageError
+from cahfp_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,6 +30,12 @@ class Network:
     files: tuple[Path, ...]
     tensors: "Mapping[str, Tensor]"
     submodel: "LoadedSubmodel | None"
+
+
+def check_there(path: Path) -> None:
+    """Raises: InputError: there is no such file or folder; commands call this before they import torch."""
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; check the name.")
 
 
 def open_network(

@@ -76,6 +76,7 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
+    from cahfp_cli.commands.networks import check_there, given, open_network, recorded
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.significance.scores import read_scores
 
@@ -85,12 +86,12 @@ def prune(
     budget = parse_budget(latency, memory, storage, macs, params, keep)
     targets = make_targets(profiles, budget, output)
     check_targets(targets, output, force)
+    check_there(checkpoint)
     if checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
     scored = read_scores(scores)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
-    from cahfp_cli.commands.networks import given, open_network, recorded
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data

@@ -37,16 +37,18 @@ def score(
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
     from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target
+    from cahfp_cli.commands.networks import check_there, given, open_network
     from cahfp_cli.errors import InputError, UsageError
 
     console = Console(json, quiet)
-    check_file_target(output, force)  # before torch is imported
+    # Slips in what was typed are answered here, before torch is imported.
+    check_file_target(output, force)
+    check_there(checkpoint)
     if checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a folder: scores are measured on the global checkpoint.")
 
     import numpy as np
 
-    from cahfp_cli.commands.networks import given, open_network
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data

@@ -55,17 +55,21 @@ def train(
 ) -> None:
     """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
     from cahfp_cli.checkpoint.atomic import check_file_target, check_folder_target
+    from cahfp_cli.commands.networks import check_there, given
+    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.data.spec import load_data
 
     console = Console(json, quiet)
     if schedule not in ("cosine", "constant"):
         raise UsageError(f"--schedule {schedule!r}: choose cosine or constant")
-    # Before torch is imported, and long before training ends.
+    # Slips in what was typed are answered here, before torch is imported and long before training ends.
+    if source is not None:
+        check_there(source)
     check_target = check_folder_target if source is not None and source.is_dir() else check_file_target
     check_target(output, force)
+    dataset = load_data(data, data_root=data_root)
+    tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
 
-    from cahfp_cli.commands.networks import given
-    from cahfp_cli.data.dataset import check_fits
-    from cahfp_cli.data.spec import load_data
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
@@ -88,9 +92,7 @@ def train(
     check_options(how)
     use_threads(threads)
     where = pick_device(device)
-    dataset = load_data(data, data_root=data_root)
     network = start(source, dataset, model, model_arg, input_shape, classes, seed)
-    tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
     for each in (dataset, tests):
         if each is not None:
             check_fits(each, network.input_shape, network.classes)

@@ -24,7 +24,7 @@ from cahfp_cli.errors import InputError, VerificationError
 assert rules.__all__  # importing the package fills the registry
 
 MAX_REPAIRS = 200
-PROBES = 4
+PROBES = 3
 
 LAYOUT: dict[str, str | None] = {
     "clone": None,

@@ -62,8 +62,7 @@ def slice_module(model: M, indices: Indices) -> M:
         model: left as it is.
         indices: per tensor name and axis the surviving indices, increasing; tensors not named stay whole.
     """
-    full_groups = {name: m.groups for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
-    full_shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    full = {name: (m.groups, tuple(m.weight.shape)) for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     named = tensors_of(model)
     by_identity = {id(named[name]): axes for name, axes in indices.items()}  # of tied tensors one name is enough
 
@@ -74,8 +73,7 @@ def slice_module(model: M, indices: Indices) -> M:
     compact = copy_with(model, cut)
     for name, module in compact.named_modules():
         if isinstance(module, CONVOLUTIONS):
-            full_shape = full_shapes[f"{name}.weight" if name else "weight"]
-            set_convolution(module, full_groups[name], full_shape)
+            set_convolution(module, *full[name])
         else:
             set_widths(module)
     return compact

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,23 +70,20 @@ def export_onnx(
         with torch.no_grad():
             plain = isinstance(network(sample), torch.Tensor)
         with quiet():
-            program = torch.onnx.export(
-                network if plain else Logits(network),
-                (sample,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                verbose=False,
-            )
+            program = to_onnx(network if plain else Logits(network), sample)
     except Exception as error:  # the exporter raises errors of many kinds for what it cannot express
         raise VerificationError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
-    assert program is not None
+    if not batch_is_free(program):
+        raise VerificationError("the network's code fixes the batch size, so it cannot be exported for any batch")
     proto = cleaned(program.model_proto, metadata)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     try:
-        parity = measure_parity(network, path, input_shape, seed, dtype)
+        try:
+            parity = measure_parity(network, path, input_shape, seed, dtype)
+        except VerificationError:
+            raise
+        except Exception as error:  # ONNX Runtime's own errors have no common class
+            raise VerificationError(f"the ONNX file does not run in ONNX Runtime: {first_line(error)}") from error
         if not parity <= PARITY_TOLERANCE:
             raise VerificationError(
                 f"the ONNX file differs from the network by {parity:.2e}, more than {PARITY_TOLERANCE:.0e}: not kept"
@@ -94,6 +92,34 @@ def export_onnx(
         path.unlink(missing_ok=True)
         raise
     return Exported(path.stat().st_size, parity)
+
+
+def to_onnx(network: nn.Module, sample: torch.Tensor) -> torch.onnx.ONNXProgram:
+    """Export with a free batch axis: by running the network, or, where `len(x)` or the like then fixes the batch, by
+    analysing its code."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+
+    def convert(source: nn.Module | torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> Any:
+        return torch.onnx.export(
+            source,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+
+    program = convert(network, (sample,))
+    if not batch_is_free(program):
+        program = convert(torch.export.export(network, (sample,), dynamic_shapes=shapes, strict=True), ())
+    return program
+
+
+def batch_is_free(program: torch.onnx.ONNXProgram) -> bool:
+    """Whether the exporter left the batch open; it may fix it without a word."""
+    return all(not isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape)
 
 
 def cleaned(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelProto:

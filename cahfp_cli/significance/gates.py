@@ -3,7 +3,7 @@
 The gate of a group multiplies what the group's *consumers* read: the inputs of the convolutions and matrix products
 that contract its channels. Every path from the group to the loss passes a consumer, so z_c = 0 is exactly the model
 without the group, also through depthwise convolutions, normalisation and residual additions. With consumer input `a`
-and its gradient `da`, the gate's gradient for sample b is `sum over positions and consumers of a * da`: no per-sample
+and the gradient `da` through that consumer alone, the gate's gradient for sample b is `sum over positions and consumers of a * da`: no per-sample
 weight gradients are needed.
 """
 
@@ -88,11 +88,11 @@ class ConsumerInputs(TorchFunctionMode):
             x, weight = (argument(args, kwargs, i) for i in INPUT_POSITION[func])
             consumer = self.consumers.get(id(whole(weight)))
             if consumer is not None:
-                if not x.requires_grad:  # the layers before are frozen; the gate's gradient is wanted all the same
-                    watched = x.detach().requires_grad_()
-                    args = tuple(watched if value is x else value for value in args)
-                    kwargs = {name: watched if value is x else value for name, value in kwargs.items()}
-                    x = watched
+                # A tensor of its own, through which nothing flows but what this consumer reads; of frozen layers a leaf.
+                watched = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                args = tuple(watched if value is x else value for value in args)
+                kwargs = {name: watched if value is x else value for name, value in kwargs.items()}
+                x = watched
                 self.seen.append((consumer, x, func in CHANNELS_SECOND))
         return func(*args, **kwargs)
 
@@ -195,7 +195,11 @@ def measure_batch(
     missing = {c.name for c in consumers.values()} - {c.name for c, _, _ in collector.seen}
     if missing:
         raise InputError(f"gates of {sorted(missing)[0]} cannot be measured: its product is hidden from the tracer")
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     inputs = [x for _, x, _ in collector.seen]
+    if not inputs or not torch.isfinite(losses).all():  # nothing to measure, or nothing that the caller accepts
+        nothing = logits.new_zeros(len(samples), groups)
+        return BatchStatistics(losses.detach(), nothing, nothing)
     first_sample = torch.autograd.grad(logits[0].square().sum(), inputs, retain_graph=True, allow_unused=True)
     strides = [
         sample_stride(dx, len(samples), second) for dx, (_, _, second) in zip(first_sample, collector.seen, strict=True)
@@ -218,7 +222,6 @@ def measure_batch(
         return total[:, :groups]
 
     probabilities = logits.detach().softmax(1)
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     classes = logits.shape[1]
     if draws is None and classes <= EXACT_CLASSES:
         jacobian = torch.stack([gate_gradients(logits[:, k].sum()) for k in range(classes)], 1)
@@ -228,8 +231,6 @@ def measure_batch(
         return BatchStatistics(losses.detach(), gradient, curvature)
     gradient = gate_gradients(losses.sum())
     curvature = torch.zeros_like(gradient)
-    sound = torch.isfinite(probabilities).all(1, keepdim=True)
-    probabilities = torch.where(sound, probabilities, 1 / classes)  # the caller refuses such a sample by its loss
     for _ in range(draws or DRAWS):
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
         curvature += gate_gradients(nn.functional.cross_entropy(logits, drawn, reduction="sum")).square()

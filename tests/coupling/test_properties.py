@@ -21,7 +21,7 @@ def bits(arrays):
 
 
 @given(network=networks(dtype=None), mask=masks)
-@examples(100)
+@examples(60)
 def test_the_sliced_model_computes_the_masked_model(network, mask):
     analysis = network.analyse()
     kept = mask.of(analysis.groups, equivalent=True)
@@ -33,7 +33,7 @@ def test_the_sliced_model_computes_the_masked_model(network, mask):
 
 
 @given(network=networks(), mask=masks)
-@examples(30)
+@examples(15)
 def test_the_sliced_model_trains_a_step(network, mask):
     analysis = network.analyse()
     compact = cut(network.model, analysis, mask.of(analysis.groups))
@@ -53,7 +53,7 @@ def test_the_sliced_model_trains_a_step(network, mask):
 
 
 @given(network=networks(), mask=masks)
-@examples(30)
+@examples(15)
 def test_gather_after_scatter_is_exact_to_the_bit(network, mask):
     analysis = network.analyse()
     kept = mask.of(analysis.groups)
@@ -72,7 +72,7 @@ def test_gather_after_scatter_is_exact_to_the_bit(network, mask):
 
 
 @given(network=networks())
-@examples(30)
+@examples(15)
 def test_one_group_in_every_family_is_enough(network):
     analysis = network.analyse()
     kept = Masks("one each", 0).of(analysis.groups)
@@ -84,7 +84,7 @@ def test_one_group_in_every_family_is_enough(network):
 
 
 @given(network=networks(), mask=masks)
-@examples(30)
+@examples(15)
 def test_tied_weights_stay_tied(network, mask):
     analysis = network.analyse()
     compact = cut(network.model, analysis, mask.of(analysis.groups))
@@ -117,7 +117,7 @@ class Scaled(ConsumerInputs):
 
 
 @given(network=networks(dtype=torch.float64), mask=masks)
-@examples(60)
+@examples(30)
 def test_what_consumers_read_is_all_there_is_of_a_group(network, mask):
     groups = network.analyse().groups
     kept = mask.of(groups, equivalent=True)
@@ -131,7 +131,7 @@ def test_what_consumers_read_is_all_there_is_of_a_group(network, mask):
 
 
 @given(network=networks())
-@examples(20)
+@examples(10)
 def test_analysis_is_deterministic_and_leaves_the_model_alone(network):
     before, training = bits(state_arrays(network.model)), network.model.training
     first, second = network.analyse().groups, network.analyse().groups

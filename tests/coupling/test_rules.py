@@ -317,7 +317,7 @@ PRODUCTS = {
             lambda self, x: (self.b.weight @ self.a(x).transpose(1, 2)).mean(-1), a=nn.Linear(5, 4), b=nn.Linear(4, 3)
         ),
         (2, 5),
-        {"a.weight": 0},
+        {"a.weight": 4},
     ),
     "einsum with a parameter": (
         lambda: linear_net(

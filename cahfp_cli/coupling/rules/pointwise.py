@@ -11,7 +11,18 @@ UNTAGGED = frozenset(
     {"hardswish", "hardswish_", "relu6", "copy", "copy_", "_to_copy", "clone", "detach", "detach_", "alias", "lift"}
     | {"lift_fresh", "lift_fresh_copy", "native_dropout", "bernoulli", "bernoulli_", "fill_", "zero_", "contiguous"}
     | {"masked_fill", "masked_fill_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
-    | {"dropout", "dropout_", "uniform_", "normal_", "log_sigmoid_forward", "silu", "gelu", "mish", "glu_jvp"}
+    | {
+        "dropout",
+        "dropout_",
+        "uniform_",
+        "normal_",
+        "log_sigmoid_forward",
+        "silu",
+        "gelu",
+        "mish",
+        "glu_jvp",
+        "_prelu_kernel",
+    }
 )
 """Elementwise operators that lack torch's `pointwise` tag in some release we support."""
 

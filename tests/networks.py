@@ -17,6 +17,8 @@ from torch import nn
 from cahfp_cli.coupling.analysis import Analysis, analyse
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 
+torch.set_num_threads(1)  # networks this small only wait for other threads
+
 SIDE, CLASSES = 6, 3
 IMAGE = (2, SIDE, SIDE)
 

@@ -49,6 +49,7 @@ def open_network(
 
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
+    from cahfp_cli.coupling.adapters import adapt
     from cahfp_cli.models.checkpoint_io import load_checkpoint
     from cahfp_cli.models.spec import parse_model_args
     from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
@@ -79,7 +80,7 @@ def open_network(
         classes=classes,
     )
     return Network(
-        model=checkpoint.model,
+        model=adapt(checkpoint.model),
         spec=checkpoint.spec,
         input_shape=checkpoint.input_shape,
         classes=checkpoint.classes,

@@ -2,7 +2,7 @@
 
 The proof is the op-log check: sliced copies run on meta tensors, and operator k must give exactly the shapes that the
 atoms predict, and compute with the same numbers (a scale that follows a width would change what is kept). Where it
-does not, the model's code holds a width that slicing cannot change; that site is pinned and the groups are solved again.
+does not, the model's code holds a width that slicing cannot change: that site is pinned, the groups are solved again.
 """
 
 from collections.abc import Iterator, Mapping

@@ -111,7 +111,7 @@ def to_onnx(network: nn.Module, sample: torch.Tensor) -> torch.onnx.ONNXProgram:
             verbose=False,
         )
 
-    program = convert(network, (sample,))
+    program: torch.onnx.ONNXProgram = convert(network, (sample,))
     if not batch_is_free(program):
         program = convert(torch.export.export(network, (sample,), dynamic_shapes=shapes, strict=True), ())
     return program

@@ -15,6 +15,7 @@ from cahfp_cli.checkpoint.dtypes import DTYPES, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.coupling.adapters import adapt
 from cahfp_cli.coupling.analysis import Analysis, check_slice
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.slicing import slice_module
@@ -145,7 +146,7 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
             f"{folder}: {TENSORS} and {INDEX_MAP} belong to different checkpoints; run `cahfp prune` again."
         )
     spec = resolve_spec(model, {} if model is None else metadata.model.args, metadata.model, folder / TENSORS)
-    network = build(spec, metadata.input_shape, metadata.classes)
+    network = adapt(build(spec, metadata.input_shape, metadata.classes))
     check_map_fits(folder / INDEX_MAP, index_map, network)
     compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()})
     check_tensors(folder / TENSORS, tensors, compact)

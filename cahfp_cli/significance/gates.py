@@ -3,8 +3,8 @@
 The gate of a group multiplies what the group's *consumers* read: the inputs of the convolutions and matrix products
 that contract its channels. Every path from the group to the loss passes a consumer, so z_c = 0 is exactly the model
 without the group, also through depthwise convolutions, normalisation and residual additions. With consumer input `a`
-and the gradient `da` through that consumer alone, the gate's gradient for sample b is `sum over positions and consumers of a * da`: no per-sample
-weight gradients are needed.
+and the gradient `da` through that consumer alone, the gate's gradient for sample b is `sum over positions and
+consumers of a * da`: no per-sample weight gradients are needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +88,7 @@ class ConsumerInputs(TorchFunctionMode):
             x, weight = (argument(args, kwargs, i) for i in INPUT_POSITION[func])
             consumer = self.consumers.get(id(whole(weight)))
             if consumer is not None:
-                # A tensor of its own, through which nothing flows but what this consumer reads; of frozen layers a leaf.
+                # A tensor of its own: nothing flows through it but what this consumer reads.
                 watched = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
                 args = tuple(watched if value is x else value for value in args)
                 kwargs = {name: watched if value is x else value for name, value in kwargs.items()}
@@ -200,14 +200,19 @@ def measure_batch(
     if not inputs or not torch.isfinite(losses).all():  # nothing to measure, or nothing that the caller accepts
         nothing = logits.new_zeros(len(samples), groups)
         return BatchStatistics(losses.detach(), nothing, nothing)
-    first_sample = torch.autograd.grad(logits[0].square().sum(), inputs, retain_graph=True, allow_unused=True)
-    strides = [
-        sample_stride(dx, len(samples), second) for dx, (_, _, second) in zip(first_sample, collector.seen, strict=True)
-    ]
+
+    def backward(output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients in what the consumers read, None where `output` does not depend on it."""
+        return torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
+
+    several_rows = any(not second and x.shape[:-1].numel() > len(samples) for _, x, second in collector.seen)
+    of_first = backward(logits[0].square().sum()) if several_rows else (None,) * len(inputs)
+    seconds = [second for _, _, second in collector.seen]
+    strides = [sample_stride(dx, len(samples), second) for dx, second in zip(of_first, seconds, strict=True)]
 
     def gate_gradients(output: torch.Tensor) -> torch.Tensor:
         """d output / d gate for each sample, (b, groups); `output` is a sum over samples."""
-        gradients = torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
+        gradients = backward(output)
         total = logits.new_zeros(len(samples), groups + 1)
         for (consumer, x, channels_second), dx, stride in zip(collector.seen, gradients, strides, strict=True):
             if dx is None:  # read by something that the logits do not depend on

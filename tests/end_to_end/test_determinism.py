@@ -3,6 +3,9 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
+from cahfp_cli.provenance import portable
 from tests.conftest import LOCAL_TRAIN, PRUNE, SCORE, SHARES, SUBMODEL_FILES, TRAIN, Clients, Fleet, run_well
 
 
@@ -52,3 +55,18 @@ def test_reconstructing_twice_in_another_order_and_folder(fleet: Fleet, clients:
     done = run_well("reconstruct", fleet.checkpoint, *folders, "-o", "new.safetensors", "--quiet", cwd=tmp_path)
     assert done.stderr == ""
     assert (tmp_path / "new.safetensors").read_bytes() == clients.merged.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spec", "recorded"),
+    [
+        ("npz:/data/me/share.npz@train[0:100]", "npz:share.npz@train[0:100]"),
+        ("folder:/data/images/", "folder:images"),
+        ("/home/me/net.py:make", "net.py:make"),
+        ("npz:shares/a.npz", "npz:shares/a.npz"),
+        ("digits@test[:50]", "digits@test[:50]"),
+        ("package.module:factory", "package.module:factory"),
+    ],
+)
+def test_specs_are_recorded_without_the_folders_of_this_machine(spec: str, recorded: str) -> None:
+    assert portable(spec) == recorded

@@ -60,4 +60,4 @@ def group_norm(couplings: Couplings, call: Call) -> list[Axes | None]:
         axes = call.optional_axes(name)
         if axes is not None:
             couplings.atoms.tie(channels, axes[0])
-    return [x] + [(x[0], groups[:, 0])] * (len(call.output) - 1)
+    return [x, *((x[0], groups[:, 0]) for _ in call.output[1:])]

@@ -17,6 +17,12 @@ from cahfp_cli.coupling.registry import RULES, Axes, Call, Couplings, ParameterV
 from cahfp_cli.coupling.rules.pointwise import is_pointwise, pointwise
 from cahfp_cli.coupling.slicing import tensors_of
 
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
+ACTIVATIONS = frozenset(
+    {"relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"}
+    | {"sigmoid", "tanh", "softplus"}
+)
+ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
 SAME_VALUE = frozenset({"detach", "alias", "_to_copy", "clone", "lift_fresh", "contiguous"})
 
 
@@ -53,8 +59,16 @@ class Trace:
     results: tuple[int, ...]
 
 
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that does not import the compiler, seconds of work, only to keep it out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 @dataclass
-class Tracer(TorchDispatchMode):
+class Tracer(EagerMode):
     """Labels tensors while a model runs. `known` names the tensors (parameters, buffers) whose labels are given."""
 
     couplings: Couplings
@@ -87,7 +101,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         bound = bind(func, args, kwargs or {})
         read = [self.number(t) for t in tensors_in(bound.values())]
-        output = func(*args, **(kwargs or {}))
+        output = execute(func, args, kwargs or {})
         written = tensors_in([output])
         if not written:
             return output
@@ -127,6 +141,31 @@ class Tracer(TorchDispatchMode):
             for labels in call.axes_of(tensor):
                 self.couplings.atoms.pin(labels, f"operator {name} has no rule")
         return fixed_like(call.output)
+
+
+def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator. On meta tensors some would run as dozens of Python operators, only to find a shape that is
+    their input's, and would import the compiler for it."""
+    name, x = func.overloadpacket.__name__, args[0] if args else None
+    if isinstance(x, torch.Tensor) and x.is_meta:
+        if name in BATCH_NORMS and all(len(v) == x.shape[1] for v in args[1:5] if isinstance(v, torch.Tensor)):
+            return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+        if name in ACTIVATIONS:
+            return torch.empty_like(x)
+        if name.endswith("_") and name[:-1] in ACTIVATIONS:
+            return x
+        if func is torch.ops.aten.mean.dim and "dtype" not in kwargs:
+            return torch.ops.aten.sum.dim_IntList(*args, **kwargs)
+        if name == "addmm" and args[1].shape[1] == args[2].shape[0] and alike(args[1], args[2]):
+            return x.new_empty(args[1].shape[0], args[2].shape[1])
+        if name in ARITHMETIC and len(args) > 1 and isinstance(args[1], torch.Tensor) and alike(x, args[1]):
+            return x.new_empty(torch.broadcast_shapes(x.shape, args[1].shape))
+    return func(*args, **kwargs)
+
+
+def alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors give a third of their kind when added or multiplied."""
+    return x.dtype == y.dtype and x.is_floating_point() and y.is_meta and x.dim() > 0 and y.dim() > 0
 
 
 def seen(call: Call) -> ParameterView | None:
@@ -190,7 +229,7 @@ class Logged:
     numbers: tuple[str, ...]
 
 
-class OperatorLog(TorchDispatchMode):
+class OperatorLog(EagerMode):
     """The operators of a run, in order; those that return no tensor are left out."""
 
     def __init__(self) -> None:
@@ -198,7 +237,7 @@ class OperatorLog(TorchDispatchMode):
         self.entries: list[Logged] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = execute(func, args, kwargs or {})
         written = tensors_in([output])
         if written:
             shapes = tuple(tuple(t.shape) for t in written)

@@ -9,7 +9,7 @@ from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.pruning.index_map import gather, scatter
 from cahfp_cli.pruning.submodel import cut, make_index_map
-from cahfp_cli.significance.gates import ConsumerInputs, find_consumers
+from cahfp_cli.significance.gates import INPUT_POSITION, ConsumerInputs, find_consumers
 from tests.networks import Masks, difference, examples, masked, masks, networks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -105,15 +105,16 @@ class Scaled(ConsumerInputs):
         self.alive = torch.from_numpy(np.append(kept, True))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        before = len(self.seen)
-        super().__torch_function__(func, types, args, kwargs)
-        if len(self.seen) > before:
-            consumer, x, channels_second = self.seen[-1]
-            axis = 1 if channels_second else x.dim() - 1
-            alive = self.alive[consumer.groups].repeat(x.shape[axis] // len(consumer.groups))
-            scale = alive.to(x.dtype).reshape([-1 if i == axis else 1 for i in range(x.dim())])
-            args = tuple(x * scale if value is x else value for value in args)
-        return func(*args, **(kwargs or {}))
+        before, kwargs = len(self.seen), kwargs or {}
+        output = super().__torch_function__(func, types, args, kwargs)
+        if len(self.seen) == before:
+            return output
+        consumer, x, channels_second = self.seen[-1]
+        axis = 1 if channels_second else x.dim() - 1
+        alive = self.alive[consumer.groups].repeat(x.shape[axis] // len(consumer.groups))
+        scaled = x * alive.to(x.dtype).reshape([-1 if i == axis else 1 for i in range(x.dim())])
+        place = INPUT_POSITION[func][0]
+        return func(*args[:place], scaled, *args[place + 1 :], **kwargs)
 
 
 @given(network=networks(dtype=torch.float64), mask=masks)

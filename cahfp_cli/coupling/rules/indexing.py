@@ -38,10 +38,17 @@ def stack(couplings: Couplings, call: Call) -> Axes:
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(couplings: Couplings, call: Call) -> list[Axes | None]:
-    """Cuts the labels; the parts' lengths are checked on the sliced model like every other shape."""
+    """Cuts the labels. Parts of equal length are tied index by index, so that they stay equal, as `chunk` makes them;
+    unequal ones are pinned, since the bounds would move."""
     x, axis = call.axes("self"), call["dim"]
     ends = np.cumsum([part.shape[axis] for part in call.output])[:-1]
-    return [replaced(x, axis, labels) for labels in np.split(x[axis], ends)]
+    parts = np.split(x[axis], ends)
+    for part in parts[1:]:
+        if len(part) == len(parts[0]):
+            couplings.atoms.tie(parts[0], part)
+        else:
+            couplings.atoms.pin(x[axis], "split into parts of unequal lengths")
+    return [replaced(x, axis, labels) for labels in parts]
 
 
 @rule("glu")

@@ -1,5 +1,6 @@
 """`kill -9` at several moments: the output is the old one or the new one, and the next run cleans up and succeeds."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,11 @@ def state(target: Path) -> State:
     return target.read_bytes() if target.exists() else None
 
 
+def heed_interrupts() -> None:
+    """Jobs that a shell starts in the background ignore the signal, and hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(COMMAND), *map(str, arguments)],
@@ -49,6 +55,7 @@ def start(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=heed_interrupts,
     )
 
 
@@ -117,15 +124,16 @@ def test_train(fleet: Fleet, tmp_path: Path, existing: bool) -> None:
 
 
 def test_interrupting_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
-    import signal
-
     target = tmp_path / "out" / "model.safetensors"
     target.parent.mkdir()
     with start((*TRAIN, "--steps", "100000", "-o", target)) as process:
         while not training(target, process):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        message = process.communicate(timeout=TIMEOUT)[1]
+        try:
+            message = process.communicate(timeout=TIMEOUT)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted" in message and "Traceback" not in message
     assert not list(target.parent.iterdir())

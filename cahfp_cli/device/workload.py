@@ -8,7 +8,7 @@ from cahfp_cli.coupling.analysis import Analysis
 from cahfp_cli.coupling.atoms import Labels
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.registry import Axes
-from cahfp_cli.coupling.trace import Operation, Trace, Value
+from cahfp_cli.coupling.trace import BATCH_NORMS, Operation, Trace, Value
 from cahfp_cli.device.cost import Axis, Kind, Operator, Size, Workload
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
@@ -20,7 +20,6 @@ FUSED = frozenset(
     {"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min", "native_dropout", "dropout"}
 )
 """Activations that runtimes compute while they write a convolution's or product's output."""
-BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"})
 
 
 def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:

@@ -19,9 +19,9 @@ from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, is_size, open_safetensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.pruning.files import INDEX_MAP, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, check_against, listed, read_index_map
 
-SUBMODEL, INDEX_MAP, REPORT = "submodel.safetensors", "index_map.safetensors", "report.json"
 MAX_REPORT_BYTES = 16_000_000
 LEAST_WEIGHT, GREATEST_WEIGHT = 1e-9, 1e15  # sums and quotients of weights in this range neither overflow nor vanish
 
@@ -153,7 +153,7 @@ def _read_client(
     if not folder.is_dir():
         raise InputError(f"{folder}: it is not a folder; a submodel folder, as `cahfp prune` writes it, is expected.")
     index_map = read_index_map(folder / INDEX_MAP)
-    with open_safetensors(folder / SUBMODEL) as file:
+    with open_safetensors(folder / TENSORS) as file:
         metadata = read_metadata(file, SubmodelMetadata)
         for path, belongs_to in ((folder / INDEX_MAP, index_map.checkpoint), (file.path, metadata.checkpoint)):
             if belongs_to != digest:

@@ -29,3 +29,8 @@ class VerificationError(CahfpError):
     """A result did not pass its own check (ONNX parity, index-map round trip), so it was not kept."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text in an error's message, or the name of its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -109,11 +109,6 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
-    """3x32x32."""
-    return "x".join(map(str, shape))
-
-
 def percent(share: float) -> str:
     """0.8941 as `89.4%`."""
     return f"{100 * share:.1f}%"

@@ -19,7 +19,7 @@ from cahfp_cli.coupling.groups import ChannelGroups, solve
 from cahfp_cli.coupling.registry import Axes, Couplings
 from cahfp_cli.coupling.slicing import slice_module, to_meta
 from cahfp_cli.coupling.trace import Operation, OperatorLog, Trace, forward, labels_of_parameters, run
-from cahfp_cli.errors import InputError, VerificationError
+from cahfp_cli.errors import InputError, VerificationError, first_line
 
 assert rules.__all__  # importing the package fills the registry
 
@@ -151,10 +151,6 @@ def trace(
             f"the model does not run on an input of shape {shape}: {first_line(error)}\n"
             "Check --input-shape and --model-arg."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def revise_choices(couplings: Couplings) -> bool:

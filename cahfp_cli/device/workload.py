@@ -32,9 +32,10 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
     groups, trace = analysis.groups, analysis.traces[0]
     sizes = Sizes(groups, analysis.group_of_atom)
     depends = depends_on_input(trace)
-    storage = storages(trace, depends)
+    folded = folded_operations(trace)
+    storage = storages(trace, depends, folded)
     operators = [
-        describe(number, operation, trace, sizes, depends)
+        describe(number, operation, trace, sizes, depends, folded[number])
         for number, operation in enumerate(trace.operations)
         if any(depends[value] for value in operation.outputs)
     ]
@@ -96,24 +97,23 @@ def depends_on_input(trace: Trace) -> list[bool]:
     return depends
 
 
-def storages(trace: Trace, depends: list[bool]) -> list[int]:
+def storages(trace: Trace, depends: list[bool], folded: list[bool]) -> list[int]:
     """The value in whose memory each value lives: views, folded norms and fused activations take no memory."""
     storage = [value.storage for value in trace.values]
-    for operation in trace.operations:
+    for operation, is_folded in zip(trace.operations, folded, strict=True):
         activations = [value for value in operation.inputs if depends[value]]
-        if operation.outputs and activations and is_folded(operation, trace, depends):
+        if operation.outputs and activations and is_folded:
             storage[operation.outputs[0]] = storage[activations[0]]
     return storage
 
 
-def is_folded(operation: Operation, trace: Trace, depends: list[bool]) -> bool:
-    """Whether a runtime executes the operator inside its neighbour."""
-    if operation.name in VIEWS or operation.name in FUSED:
-        return True
-    if operation.name in BATCH_NORMS:
-        source = operation.inputs[0]
-        return any(source in op.outputs and op.name in {"convolution", *PRODUCTS} for op in trace.operations)
-    return False
+def folded_operations(trace: Trace) -> list[bool]:
+    """For each operator, whether a runtime executes it inside its neighbour."""
+    products = {value for op in trace.operations if op.name in {"convolution", *PRODUCTS} for value in op.outputs}
+    return [
+        op.name in VIEWS or op.name in FUSED or (op.name in BATCH_NORMS and op.inputs[0] in products)
+        for op in trace.operations
+    ]
 
 
 def liveness(
@@ -133,7 +133,9 @@ def liveness(
     return buffers, tuple(dict.fromkeys(live))
 
 
-def describe(number: int, operation: Operation, trace: Trace, sizes: Sizes, depends: list[bool]) -> Operator:
+def describe(
+    number: int, operation: Operation, trace: Trace, sizes: Sizes, depends: list[bool], is_folded: bool
+) -> Operator:
     """One operator with its arithmetic and traffic."""
     values = trace.values
     activations = [value for value in operation.inputs if depends[value]]
@@ -146,24 +148,17 @@ def describe(number: int, operation: Operation, trace: Trace, sizes: Sizes, depe
     if operation.name == "convolution":
         weight = constants[0]
         kind: Kind = "depthwise" if operation.constants["groups"] > 1 and len(weight.axes[1]) == 1 else "conv"
-        per_output = values[activations[0]].axes[:2] if operation.constants["transposed"] else out.axes
-        macs = Size(
-            tuple(sizes.axis(a) for a in (*moved(per_output, values[activations[0]], operation), *weight.axes[1:]))
-        )
+        # The kernel is applied at each output's position, or at each input's if transposed.
+        applied = values[activations[0]].axes if operation.constants["transposed"] else out.axes
+        macs = Size(tuple(sizes.axis(a) for a in (*applied, *weight.axes[1:])))
         return Operator(name, kind, (macs,), reads, writes, weights)
     if operation.name in PRODUCTS:
         left = values[operation.inputs[-2] if len(operation.inputs) > 1 else operation.inputs[0]]
         macs = Size(tuple(sizes.axis(a) for a in (*out.axes, left.axes[-1])))
         return Operator(name, "matmul", (macs,), reads, writes, weights)
-    elementwise_on_one = len(activations) == 1 and is_folded(operation, trace, depends)
-    if elementwise_on_one:
+    if is_folded and len(activations) == 1:
         return Operator(name, "free")
     return Operator(name, "memory", (), reads, writes, weights)
-
-
-def moved(per_output: Axes, source: Value, operation: Operation) -> Axes:
-    """Positions at which a convolution's kernel is applied: each output's, or each input's if transposed."""
-    return (*per_output, *source.axes[2:]) if operation.constants["transposed"] else per_output
 
 
 def operator_name(number: int, operation: Operation, constants: list[Value]) -> str:

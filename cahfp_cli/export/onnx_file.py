@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from cahfp_cli.errors import VerificationError
+from cahfp_cli.errors import VerificationError, first_line
 from cahfp_cli.models.outputs import logits_of
 
 OPSET = 18
@@ -169,10 +169,6 @@ def random_samples(batch: int, input_shape: tuple[int, ...], seed: int, dtype: t
     generator = torch.Generator().manual_seed(seed)
     samples = torch.rand((batch, *input_shape), generator=generator)
     return samples.to(dtype) if dtype.is_floating_point else (samples > 0.5).to(dtype)
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

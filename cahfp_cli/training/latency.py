@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.training import onnx_session
 
 WARM_UP = 5
@@ -56,7 +56,7 @@ def latency(model: nn.Module, input_shape: tuple[int, ...], device: torch.device
             return time_calls(forward, runs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = "x".join(map(str, input_shape))
-        raise InputError(f"the model fails on one sample of {shape}: {onnx_session.first_line(error)}") from error
+        raise InputError(f"the model fails on one sample of {shape}: {first_line(error)}") from error
     finally:
         model.train(was_training)
 

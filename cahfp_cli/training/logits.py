@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cahfp_cli.data.dataset import Samples
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.models.outputs import logits_of
 
 
@@ -19,10 +19,9 @@ def class_logits(model: nn.Module, x: Samples, classes: int, device: torch.devic
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise MemoryError(str(error)) from error
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         shape = "x".join(map(str, x.shape[1:]))
         raise InputError(
-            f"the model fails on a batch of {len(x)} samples of {shape}: {reason}\n"
+            f"the model fails on a batch of {len(x)} samples of {shape}: {first_line(error)}\n"
             "Check that the data is what the model was made for, and that the batch is not too small."
         ) from error
     logits = logits_of(output)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cahfp_cli.data.dataset import Samples
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, first_line
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 FATAL_ONLY = 4
@@ -84,8 +84,3 @@ def run(session: Any, x: Samples, path: Path) -> npt.NDArray[Any]:
     except Exception as error:  # see open_session
         raise InputError(f"{path}: ONNX Runtime fails on a batch of {x.shape}: {first_line(error)}") from error
     return np.asarray(output)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-TIMM_SKIPPED_SUFFIXES = ("_distilled",)
 BARS = {
     "torchvision": {"ran": 1.0, "masked_exact": 1.0, "scatter_exact": 1.0, "share_0.99": 1.0, "onnx": 0.98},
     "timm": {"ran": 1.0, "share_0.95": 0.95},
@@ -49,7 +48,7 @@ def transformers_configs() -> dict[str, tuple[str, dict[str, Any], str]]:
         "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99}, "tokens"),
         "llama": ("LlamaForCausalLM", {**text, "num_key_value_heads": 2, "vocab_size": 99}, "tokens"),
         "t5": (
-            "T5EncoderModel",
+            "T5ForTokenClassification",
             {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
             "tokens",
         ),
@@ -119,7 +118,7 @@ def names_of(library: str) -> list[str]:
 
         families: dict[str, str] = {}
         for module in sorted(timm.list_modules()):
-            names = [n for n in timm.list_models(module=module) if not n.endswith(TIMM_SKIPPED_SUFFIXES)]
+            names = [n for n in timm.list_models(module=module) if not n.startswith("test_")]
             if names:
                 families[module] = min(names, key=lambda n: (variant_size(n), n))
         return list(families.values())
@@ -128,8 +127,12 @@ def names_of(library: str) -> list[str]:
 
 def variant_size(name: str) -> int:
     """Small variants first, by the words that timm uses for sizes."""
-    words = ["zepto", "atto", "femto", "pico", "nano", "xxs", "test", "tiny", "mini", "xs", "small", "base", "large"]
-    return next((i for i, word in enumerate(words) if word in name), 7)
+    small = ["zepto", "atto", "femto", "pico", "nano", "xxs", "tiny", "mini", "xs", "small"]
+    large = ["base", "medium", "large", "huge", "giant", "gigantic", "enormous"]
+    for size, word in enumerate(small):
+        if word in name:
+            return size
+    return next((len(small) + 1 + size for size, word in enumerate(large) if word in name), len(small))
 
 
 def randomise(model: Any, seed: int) -> None:
@@ -184,13 +187,14 @@ def masked(model: Any, indices: Any) -> Any:
 
 def examine(library: str, name: str, seed: int) -> dict[str, Any]:
     """All checks on one model."""
+    import copy
     import tempfile
 
     import numpy as np
     import torch
 
-    from cahfp_cli.coupling.analysis import analyse, check_slice
-    from cahfp_cli.coupling.slicing import slice_module
+    from cahfp_cli.coupling.adapters import adapt
+    from cahfp_cli.coupling.analysis import analyse, cut
     from cahfp_cli.errors import CahfpError
     from cahfp_cli.export.onnx_file import export_onnx
     from cahfp_cli.models.checkpoint_io import state_arrays
@@ -201,7 +205,7 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, shape, dtype = build(library, name)
     randomise(model, seed)
-    model.eval()
+    model = adapt(model).eval()
     started = time.process_time()
     analysis = analyse(model, shape, dtype)
     seconds = time.process_time() - started
@@ -214,13 +218,12 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
         if tensor in parameters and all((axis < 0).all() for axis in groups.labels[tensor]):
             reasons[reason] = reasons.get(reason, 0) + parameters[tensor].numel()
     kept = random_mask(groups, seed)
-    check_slice(model, analysis, kept)
-    compact = slice_module(model, groups.indices(kept))
+    compact, rewrites = cut(model, analysis, kept)
     sample = torch.rand(2, *shape) if dtype.is_floating_point else torch.randint(0, 90, (2, *shape))
 
     with torch.no_grad():
         finite = bool(torch.isfinite(logits_of(compact.eval()(sample))).all())
-    loss = logits_of(slice_module(model, groups.indices(kept)).train()(sample)).float().square().mean()
+    loss = logits_of(copy.deepcopy(compact).train()(sample)).float().square().mean()
     loss.backward()
     exact = kept.copy()
     for family in groups.not_mask_equivalent:
@@ -228,7 +231,7 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
     indices = groups.indices(exact)
     with torch.no_grad():
         expected = logits_of(masked(model, indices).eval()(sample))
-        found = logits_of(slice_module(model, indices).eval()(sample))
+        found = logits_of(cut(model, analysis, exact)[0].eval()(sample))
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     arrays = state_arrays(model)
     index_map = make_index_map(arrays, groups, kept, "0" * 64)
@@ -250,6 +253,7 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
         "trace": seconds,
         "parameters": whole,
         "groups": groups.count,
+        "rewrites": len(rewrites),
         "pinned": max(reasons, key=lambda r: reasons[r]) if reasons else "",
     }
 

@@ -92,12 +92,12 @@ def prune(
     scored = read_scores(scores)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
-    from cahfp_cli.coupling.analysis import analyse
+    from cahfp_cli.coupling.analysis import analyse, cut
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.models.checkpoint_io import to_array
     from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.pruning.submodel import cut, gather_all, make_index_map, write_submodel
+    from cahfp_cli.pruning.submodel import gather_all, make_index_map, write_submodel
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
 
@@ -126,8 +126,8 @@ def prune(
     reports = []
     with console.progress("pruning") as progress:
         for target, selection in zip(targets, selections, strict=True):
-            submodel = cut(network.model, analysis, selection.kept)
-            index_map = make_index_map(arrays, analysis.groups, selection.kept, network.digest)
+            submodel, rewrites = cut(network.model, analysis, selection.kept)
+            index_map = make_index_map(arrays, analysis.groups, selection.kept, network.digest, rewrites)
             compact = gather_all(arrays, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
             report = describe(target, selection, significance, analysis, before, after, shown_data)

@@ -1,12 +1,13 @@
 """From a model to its channel groups: trace in both modes, solve, and prove the result on a sliced copy.
 
-The proof is the op-log check: sliced copies run on meta tensors, and operator k must give exactly the shapes that the
-atoms predict, and compute with the same numbers (a scale that follows a width would change what is kept). Where it
-does not, the model's code holds a width that slicing cannot change: that site is pinned, the groups are solved again.
+Where the proof finds a width in the model's code that slicing cannot change and no rewrite can, everything at that
+place is pinned and the groups are solved again.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,27 +17,20 @@ from torch import nn
 from cahfp_cli.coupling import rules
 from cahfp_cli.coupling.atoms import Atoms, Labels, varies
 from cahfp_cli.coupling.groups import ChannelGroups, solve
-from cahfp_cli.coupling.registry import Axes, Couplings
+from cahfp_cli.coupling.registry import Axes, Consumption, Couplings
+from cahfp_cli.coupling.rewriting import install
+from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.slicing import slice_module, to_meta
-from cahfp_cli.coupling.trace import Operation, OperatorLog, Trace, forward, labels_of_parameters, run
+from cahfp_cli.coupling.trace import Trace, labels_of_parameters, run
+from cahfp_cli.coupling.verification import MODES, Mismatch, Mode, Plan, Verified, sample_for, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
 
 assert rules.__all__  # importing the package fills the registry
 
+M = TypeVar("M", bound=nn.Module)
+
 MAX_REPAIRS = 200
 PROBES = 3
-
-LAYOUT: dict[str, str | None] = {
-    "clone": None,
-    "contiguous": None,
-    "detach": None,
-    "alias": None,
-    "_unsafe_view": "view",
-    "_reshape_alias": "view",
-    "_reshape_copy": "view",
-    "view_copy": "view",
-}
-"""Operators that come and go with the memory layout of a width and mean the same: left out (None) or renamed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,8 @@ class Analysis:
     traces: the runs in evaluation mode at batch 1 and in training mode at batch 2 (`MODES`).
     group_of_atom: int64 (atoms,), to read the traces' labels as groups.
     input_shape, dtype: of the sample it was traced with.
+    rewritten: places in the model's code that fix a width and are rewritten in a slice, as "module: function".
+    on_meta: whether the model runs on meta tensors; else it was traced on real ones.
     """
 
     groups: ChannelGroups
@@ -54,26 +50,8 @@ class Analysis:
     group_of_atom: Labels
     input_shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to run the model: training or evaluation, with a batch."""
-
-    training: bool
-    batch: int
-
-
-MODES = (Mode(training=False, batch=1), Mode(training=True, batch=2))
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a sliced model departed from the prediction: an operator of trace number `trace`."""
-
-    trace: int
-    operation: Operation
-    problem: str
+    rewritten: tuple[str, ...]
+    on_meta: bool
 
 
 def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Analysis:
@@ -88,64 +66,107 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
     Raises:
         InputError: the model does not run on such an input.
     """
-    meta = to_meta(model)
+    try:
+        return analyse_on(to_meta(model), input_shape, dtype, on_meta=True)
+    except InputError:
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise
+    return analyse_on(copy.deepcopy(model), input_shape, dtype, on_meta=False)  # it reads values, or has no meta kernels
+
+
+def analyse_on(subject: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, on_meta: bool) -> Analysis:
+    """As `analyse`, on a copy of the model that may be run; with meta tensors or real ones."""
     choices: dict[tuple[int, ...], int] = {}
-    while (analysis := attempt(meta, input_shape, dtype, choices)) is None:
+    while (analysis := attempt(subject, input_shape, dtype, choices, on_meta)) is None:
         pass
     return analysis
 
 
 def attempt(
-    meta: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, choices: dict[tuple[int, ...], int]
+    subject: nn.Module,
+    input_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    choices: dict[tuple[int, ...], int],
+    on_meta: bool,
 ) -> Analysis | None:
     """Trace, solve, and pin what slicing shows to be fixed; None if a split chose the wrong axis: then trace again."""
     couplings = Couplings(Atoms(), split_choice=choices)
-    labels = labels_of_parameters(meta, couplings)
-    evaluation = trace(meta, input_shape, dtype, MODES[0], couplings, labels)
-    consumers = tuple(couplings.consumers)  # those of training alone (auxiliary heads) do not count for the loss
-    traces = (evaluation, trace(meta, input_shape, dtype, MODES[1], couplings, labels))
+    labels = labels_of_parameters(subject, couplings)
+    evaluation = trace(subject, input_shape, dtype, MODES[0], couplings, labels, on_meta)
+    consumptions = tuple(couplings.consumptions)  # those of training alone (auxiliary heads) do not count for the loss
+    traces = (evaluation, trace(subject, input_shape, dtype, MODES[1], couplings, labels, on_meta))
     if revise_choices(couplings):
         return None
-    prunable = {name: axes for name, axes in labels.items() if name in meta.state_dict()}
+    prunable = {name: axes for name, axes in labels.items() if name in subject.state_dict()}
     rng = np.random.default_rng(0)
+    groups, group_of_atom = solve(couplings.atoms, prunable, consumptions)
     for _ in range(MAX_REPAIRS):
-        groups, group_of_atom = solve(couplings.atoms, prunable, consumers)
-        analysis = Analysis(groups, traces, group_of_atom, input_shape, dtype)
-        sites = (first_mismatch(meta, analysis, kept) for kept in probes(groups, rng))
-        site = next((site for site in sites if site is not None), None)
-        if site is None:
-            return analysis
-        if revise_choice_at(couplings, traces, site):
+        plans = [Plan(one, group_of_atom) for one in traces]
+        rewrites: tuple[Rewrite, ...] = ()
+        for kept in probes(groups, rng):
+            verified = verify(subject, groups.indices(kept), plans, kept, input_shape, dtype, on_meta)
+            rewrites += verified.rewrites
+            if verified.mismatch is not None:
+                break
+        else:
+            sites = tuple(dict.fromkeys(f"{rewrite.module}: {rewrite.function}" for rewrite in rewrites))
+            return Analysis(groups, traces, group_of_atom, input_shape, dtype, sites, on_meta)
+        if revise_choice_at(couplings, traces, verified.mismatch):
             return None
-        pin_site(couplings, traces, site)
-        if solve(couplings.atoms, prunable, consumers)[0].count == groups.count:
-            raise InputError(f"the model's widths cannot be followed at operator {site.operation.name}: {site.problem}")
+        groups, group_of_atom = pin_mismatch(couplings, traces, verified.mismatch, groups, prunable, consumptions)
     raise InputError(f"the model's widths are fixed in more than {MAX_REPAIRS} places of its code")
 
 
-def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> None:
-    """Raise VerificationError unless every operator of the sliced model has its predicted shapes, in both modes."""
-    site = first_mismatch(to_meta(model), analysis, kept)
-    if site is not None:
-        raise VerificationError(
-            f"the sliced model differs from its plan at operator {site.operation.name}: {site.problem}"
+def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[Rewrite, ...]:
+    """Prove one slice, in both modes; returns the rewrites that it needs.
+
+    Raises: VerificationError: an operator of the sliced model does not do what was planned.
+    """
+    subject = to_meta(model) if analysis.on_meta else copy.deepcopy(model)
+    plans = [Plan(one, analysis.group_of_atom) for one in analysis.traces]
+    indices = analysis.groups.indices(kept)
+
+    def verified(rewrites: tuple[Rewrite, ...] | None) -> Verified:
+        found = verify(
+            subject, indices, plans, kept, analysis.input_shape, analysis.dtype, analysis.on_meta, rewrites
         )
+        if found.mismatch is not None:
+            operator = analysis.traces[found.mismatch.trace].operations[found.mismatch.position].name
+            raise VerificationError(
+                f"the sliced model differs from its plan at operator {operator}: {found.mismatch.problem}"
+            )
+        return found
+
+    rewrites = verified(None).rewrites
+    if rewrites:
+        verified(rewrites)
+    return rewrites
+
+
+def cut(model: M, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[M, tuple[Rewrite, ...]]:
+    """The compact network of the kept groups in evaluation mode, proved in both modes, and the rewrites in place in it.
+
+    Raises: VerificationError: as `check_slice`.
+    """
+    rewrites = check_slice(model, analysis, kept)
+    return install(slice_module(model, analysis.groups.indices(kept)), rewrites).eval(), rewrites
 
 
 def trace(
-    meta: nn.Module,
+    subject: nn.Module,
     input_shape: tuple[int, ...],
     dtype: torch.dtype,
     mode: Mode,
     couplings: Couplings,
     labels: Mapping[str, Axes],
+    on_meta: bool,
 ) -> Trace:
     """One run on a fresh copy (models may change their own state on the first forward)."""
-    sample = torch.empty((mode.batch, *input_shape), device="meta", dtype=dtype)
-    copy = to_meta(meta)
+    sample = sample_for(mode, input_shape, dtype, on_meta)
+    fresh = to_meta(subject) if on_meta else copy.deepcopy(subject)
     try:
-        return run(copy, (sample,), training=mode.training, couplings=couplings, labels=labels)
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        return run(fresh, (sample,), training=mode.training, couplings=couplings, labels=labels)
+    except Exception as error:  # whatever the user's own forward raises
         shape = "x".join(map(str, input_shape))
         raise InputError(
             f"the model does not run on an input of shape {shape}: {first_line(error)}\n"
@@ -166,10 +187,12 @@ def revise_choices(couplings: Couplings) -> bool:
     return bool(revised)
 
 
-def revise_choice_at(couplings: Couplings, traces: tuple[Trace, ...], site: Site) -> bool:
-    """Move on to the next axis of the split at a site, if it is one; the code fixes the length of the chosen axis."""
-    values = traces[site.trace].values
-    written = [labels for value in site.operation.outputs for labels in values[value].axes]
+def revise_choice_at(couplings: Couplings, traces: Sequence[Trace], mismatch: Mismatch) -> bool:
+    """Move on to the next axis of the split at a mismatch, if it is one; the code fixes the length of the chosen
+    axis."""
+    values = traces[mismatch.trace].values
+    operation = traces[mismatch.trace].operations[mismatch.position]
+    written = [labels for value in operation.outputs for labels in values[value].axes]
     for shape, _, along in couplings.splits:
         if any(labels is along for labels in written) and couplings.split_choice[shape] + 1 < len(shape):
             couplings.split_choice[shape] += 1
@@ -190,42 +213,29 @@ def probes(groups: ChannelGroups, rng: np.random.Generator) -> Iterator[NDArray[
         yield kept
 
 
-def first_mismatch(meta: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> Site | None:
-    """Slice, run on meta, compare operator by operator with the traces' predictions; None if all agree."""
-    compact = slice_module(meta, analysis.groups.indices(kept))
-    alive = np.append(kept, True)
-    for number, (expected, mode) in enumerate(zip(analysis.traces, MODES, strict=True)):
-        sample = torch.empty((mode.batch, *analysis.input_shape), device="meta", dtype=analysis.dtype)
-        log = OperatorLog()
-        problem = None
-        try:
-            forward(to_meta(compact), (sample,), mode.training, log)
-        except Exception as error:  # whatever the user's own forward raises on a width it does not expect
-            problem = first_line(error)
-        ran = [entry for entry in log.entries if LAYOUT.get(entry.name, entry.name)]
-        planned = [operation for operation in expected.operations if LAYOUT.get(operation.name, operation.name)]
-        for position, operation in enumerate(planned):
-            predicted = tuple(
-                tuple(int(alive[analysis.group_of_atom[labels]].sum()) for labels in expected.values[value].axes)
-                for value in operation.outputs
-            )
-            if position >= len(ran):
-                return Site(number, operation, problem or "the sliced model ran fewer operators")
-            entry = ran[position]
-            if LAYOUT.get(entry.name, entry.name) != LAYOUT.get(operation.name, operation.name):
-                return Site(number, operation, f"the sliced model ran {entry.name} instead")
-            if entry.shapes != predicted:
-                return Site(number, operation, f"shape {entry.shapes} instead of {predicted}")
-            if entry.numbers != operation.numbers:
-                return Site(number, operation, f"numbers {entry.numbers} instead of {operation.numbers}")
-        if problem is not None or len(ran) != len(planned):
-            return Site(number, planned[-1], problem or "the sliced model ran more operators")
-    return None
+def pin_mismatch(
+    couplings: Couplings,
+    traces: Sequence[Trace],
+    mismatch: Mismatch,
+    groups: ChannelGroups,
+    prunable: Mapping[str, Axes],
+    consumptions: Sequence[Consumption],
+) -> tuple[ChannelGroups, Labels]:
+    """Fail closed: nothing that the operator reads or writes is pruned, there and wherever the same code runs.
 
-
-def pin_site(couplings: Couplings, traces: tuple[Trace, ...], site: Site) -> None:
-    """Fail closed: nothing that the operator reads or writes is pruned."""
-    expected = traces[site.trace]
-    for value in (*site.operation.inputs, *site.operation.outputs):
-        for labels in expected.values[value].axes:
-            couplings.atoms.pin(labels, f"the model's code fixes a width at operator {site.operation.name}")
+    If all of that was pinned already, what went wrong began earlier: the operators before it are pinned one by one.
+    Raises: InputError: nothing is left to pin.
+    """
+    expected = traces[mismatch.trace]
+    operations = expected.operations
+    for position in range(mismatch.position, -1, -1):
+        culprit = operations[position]
+        for operation in operations:
+            if (operation.site, operation.name) == (culprit.site, culprit.name):
+                for value in (*operation.inputs, *operation.outputs):
+                    for labels in expected.values[value].axes:
+                        couplings.atoms.pin(labels, f"the model's code fixes a width at operator {operation.name}")
+        pinned, group_of_atom = solve(couplings.atoms, prunable, consumptions)
+        if pinned.count < groups.count:
+            return pinned, group_of_atom
+    raise InputError(f"the model does not run twice in the same way: {mismatch.problem}")

@@ -8,10 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.coupling.atoms import Atoms, Labels
-from cahfp_cli.coupling.registry import Axes
+from cahfp_cli.coupling.registry import Axes, Consumption
 
 KEPT = -1
 """Label of an index that belongs to no group: pinned, or never touched by anything prunable."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A call that contracts channels with a parameter.
+
+    call: its number among the contracting calls (`calls.CONTRACTING`) of a forward pass in evaluation mode.
+    tensor, axis: the parameter, or the one that the weight is computed from, and its contracted axis.
+    groups: int64 (channels,), the group of each channel that the call reads, or KEPT.
+    """
+
+    call: int
+    tensor: str
+    axis: int
+    groups: Labels
 
 
 @dataclass(frozen=True)
@@ -23,8 +38,8 @@ class ChannelGroups:
     family: int64 (groups,): groups of one family cover the same axes of the same tensors and are interchangeable,
         as the channels of one layer are; families are what has a width.
     names: one name a family, that of the first tensor it covers.
-    consumers: (tensor, axis) pairs whose axis is contracted with the channels, by a convolution or a matrix product:
-        zeroing a group there, and nowhere else, removes it.
+    consumers: the calls that contract channels, by a convolution or a matrix product: zeroing a group in what they
+        read, and nowhere else, removes it.
     pinned: for each (tensor, axis) that cannot be pruned at all, why.
     not_mask_equivalent: for each family that is not, why removing differs from zeroing.
     """
@@ -32,7 +47,7 @@ class ChannelGroups:
     labels: Mapping[str, tuple[Labels, ...]]
     family: Labels
     names: tuple[str, ...]
-    consumers: tuple[tuple[str, int], ...]
+    consumers: tuple[Consumer, ...]
     pinned: Mapping[tuple[str, int], str]
     not_mask_equivalent: Mapping[int, str]
 
@@ -66,14 +81,14 @@ class ChannelGroups:
 
 
 def solve(
-    atoms: Atoms, tensors: Mapping[str, Axes], consumers: Sequence[tuple[str, int]]
+    atoms: Atoms, tensors: Mapping[str, Axes], consumptions: Sequence[Consumption]
 ) -> tuple[ChannelGroups, Labels]:
     """Turn ties into groups.
 
     Args:
         atoms: with all ties, pins and remarks of the traces.
         tensors: labels of the tensors that can be pruned, by state-dict name, in the order that numbers the groups.
-        consumers: (tensor, axis) pairs that contract channels.
+        consumptions: of the trace in evaluation mode.
     Returns:
         The groups, and for each atom its group or KEPT, int64 (atoms,), for labels of anything else in the traces.
     """
@@ -93,7 +108,7 @@ def solve(
             labels=labels,
             family=family,
             names=names,
-            consumers=tuple(key for key in consumers if key[0] in tensors),
+            consumers=tuple(Consumer(c.call, c.tensor, c.axis, group_of_atom[c.labels]) for c in consumptions),
             pinned=why_pinned(atoms, tensors, labels),
             not_mask_equivalent=remarks(atoms, group_of_atom, family),
         ),

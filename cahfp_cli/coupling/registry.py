@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from cahfp_cli.coupling.atoms import Atoms, Labels, fixed
@@ -18,7 +19,8 @@ Result = Axes | list[Axes | None]
 
 @dataclass(frozen=True)
 class ParameterView:
-    """A tensor that is a parameter seen through transposition: `dims[i]` is the parameter's axis behind axis i."""
+    """A tensor that is a parameter, or computed from parameters alone and of the size of this one: `dims[i]` is the
+    parameter's axis behind axis i; empty where a reshape mixed them."""
 
     name: str
     dims: tuple[int, ...]
@@ -47,14 +49,43 @@ class Call:
         return self.arguments[name]
 
 
+@dataclass(frozen=True)
+class Consumption:
+    """A call that contracts channels with a parameter: its number among the contracting calls of a forward pass, the
+    parameter (or the one that the weight is computed from) with the contracted axis, and the labels of what it read."""
+
+    call: int
+    tensor: str
+    axis: int
+    labels: Labels
+
+
+NO_GATE = "contracted with a computed tensor, where no gate can be measured"
+
+
 @dataclass
 class Couplings:
-    """What rules write to: the atoms, which parameters contract a channel axis, and how splits were resolved."""
+    """What rules write to: the atoms, who contracts channels, and how splits were resolved.
+
+    reading: number of the contracting call that runs, with the labels of the channels that it was given.
+    """
 
     atoms: Atoms
-    consumers: dict[tuple[str, int], None] = field(default_factory=dict)
+    consumptions: list[Consumption] = field(default_factory=list)
     split_choice: dict[tuple[int, ...], int] = field(default_factory=dict)
     splits: list[tuple[tuple[int, ...], Labels, Labels]] = field(default_factory=list)
+    reading: tuple[int, Labels] | None = None
+
+    def consume(self, labels: Labels, weight: ParameterView | None, axis: int) -> None:
+        """Note that channels are contracted with axis `axis` of a weight.
+
+        They are pinned where it is computed from data, or inside a function that hides what it reads: their gates
+        could not be seen, and unseen groups would look worthless.
+        """
+        if weight is None or self.reading is None or not np.array_equal(self.reading[1], labels):
+            self.atoms.pin(labels, NO_GATE)
+        else:
+            self.consumptions.append(Consumption(self.reading[0], weight.name, weight.dims[axis], labels))
 
 
 Rule = Callable[[Couplings, Call], Result]

@@ -5,7 +5,7 @@ Pure data: using a map needs no model code and no torch. In the file each distin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +18,7 @@ from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metad
 from cahfp_cli.checkpoint.safetensors_file import MAX_AXES, SafetensorsFile, open_safetensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.errors import InputError
 
 Indices = NDArray[np.int32]
@@ -53,10 +54,12 @@ class TensorMap:
 
 @dataclass(frozen=True, eq=False)
 class IndexMap:
-    """All tensors of a submodel. `checkpoint` is the content digest of the global checkpoint that it belongs to."""
+    """All tensors of a submodel. `checkpoint` is the content digest of the global checkpoint that it belongs to;
+    `rewrites` are the numbers in the model's code that its widths change."""
 
     checkpoint: str
     tensors: dict[str, TensorMap]
+    rewrites: tuple[Rewrite, ...] = ()
 
 
 def gather(array: Array, tensor_map: TensorMap) -> Array:
@@ -101,12 +104,29 @@ class TensorRecord(Record):
     axes: Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(max_length=MAX_AXES)]
 
 
+Count = Annotated[int, Field(ge=0, le=2**31)]
+Scalar = Annotated[int, Field(ge=-(2**40), le=2**40)] | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RewriteRecord(Record):
+    """See `coupling.rewrites.Rewrite`."""
+
+    module: str
+    training: bool
+    call: Count
+    function: str
+    argument: Count
+    old: Scalar
+    new: Scalar
+
+
 class IndexMapMetadata(Record):
     """Metadata of `index_map.safetensors`."""
 
     format: Literal["cahfp.index_map/1"] = "cahfp.index_map/1"
     checkpoint: Digest
     tensors: dict[str, TensorRecord]
+    rewrites: tuple[RewriteRecord, ...] = ()
     provenance: Provenance
 
 
@@ -126,7 +146,12 @@ def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> 
         name: TensorRecord(shape=entry.shape, dtype=entry.dtype, axes=tuple(map(number, entry.axes)))
         for name, entry in sorted(index_map.tensors.items())
     }
-    record = IndexMapMetadata(checkpoint=index_map.checkpoint, tensors=table, provenance=provenance)
+    record = IndexMapMetadata(
+        checkpoint=index_map.checkpoint,
+        tensors=table,
+        rewrites=tuple(RewriteRecord(**asdict(rewrite)) for rewrite in index_map.rewrites),
+        provenance=provenance,
+    )
     save_arrays(path, arrays, dump_metadata(record))
 
 
@@ -157,7 +182,8 @@ def read_index_map(path: Path) -> IndexMap:
             ) from None
     if used != arrays.keys():
         raise InputError(f"{path}: 'index.{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
-    return IndexMap(record.checkpoint, tensors)
+    rewrites = tuple(Rewrite(**rewrite.model_dump()) for rewrite in record.rewrites)
+    return IndexMap(record.checkpoint, tensors, rewrites)
 
 
 def check_against(index_map: IndexMap, file: SafetensorsFile) -> None:

@@ -16,10 +16,13 @@ from cahfp_cli.checkpoint.metadata import SubmodelMetadata, dump_metadata, read_
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.adapters import adapt
-from cahfp_cli.coupling.analysis import Analysis, check_slice
 from cahfp_cli.coupling.groups import ChannelGroups
-from cahfp_cli.coupling.slicing import slice_module
-from cahfp_cli.errors import InputError, VerificationError
+from cahfp_cli.coupling.meta_run import forward
+from cahfp_cli.coupling.operator_log import OperatorLog
+from cahfp_cli.coupling.rewrites import Rewrite
+from cahfp_cli.coupling.rewriting import install
+from cahfp_cli.coupling.slicing import slice_module, to_meta
+from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
 from cahfp_cli.models.spec import build, resolve_spec
@@ -42,26 +45,25 @@ class LoadedSubmodel:
     folder: Path
 
 
-def cut(model: nn.Module, analysis: Analysis, kept: Mask) -> nn.Module:
-    """The compact network of the kept groups, after its plan was checked operator by operator.
-
-    Raises: VerificationError: its operators do not have the planned shapes.
-    """
-    check_slice(model, analysis, kept)
-    return slice_module(model, analysis.groups.indices(kept)).eval()
-
-
-def make_index_map(arrays: Mapping[str, Array], groups: ChannelGroups, kept: Mask, checkpoint: str) -> IndexMap:
+def make_index_map(
+    arrays: Mapping[str, Array],
+    groups: ChannelGroups,
+    kept: Mask,
+    checkpoint: str,
+    rewrites: tuple[Rewrite, ...] = (),
+) -> IndexMap:
     """Which entries of every tensor of a checkpoint the kept groups hold.
 
     Args:
         arrays: the checkpoint's own tensors, in its own dtypes.
         checkpoint: its content digest.
+        rewrites: those that the compact network needs.
     """
     indices = groups.indices(kept)
     return IndexMap(
         checkpoint,
         {name: TensorMap(array.shape, dtype_code(array.dtype), indices[name]) for name, array in arrays.items()},
+        rewrites,
     )
 
 
@@ -149,10 +151,33 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     network = adapt(build(spec, metadata.input_shape, metadata.classes))
     check_map_fits(folder / INDEX_MAP, index_map, network)
     compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()})
+    install_checked(folder / INDEX_MAP, compact, network, index_map.rewrites, metadata.input_shape)
     check_tensors(folder / TENSORS, tensors, compact)
     check_finite(folder / TENSORS, tensors)
     compact.load_state_dict(tensors, strict=False)
     return LoadedSubmodel(compact.eval(), tensors, metadata, index_map, folder)
+
+
+def install_checked(
+    path: Path, compact: nn.Module, network: nn.Module, rewrites: tuple[Rewrite, ...], input_shape: tuple[int, ...]
+) -> None:
+    """Put a map's rewrites in place. They come from a file, so they may neither break the network nor make it larger:
+    a run on meta tensors shows that, where nothing is allocated.
+
+    Raises: InputError: they do not fit the network's code.
+    """
+    if not rewrites:
+        return
+    sample = torch.empty((1, *input_shape), device="meta")
+    full, cut_down = OperatorLog(), OperatorLog()
+    try:
+        forward(to_meta(network), (sample,), False, full)
+        forward(install(to_meta(compact), rewrites), (sample,), False, cut_down)
+    except Exception as error:  # whatever the network's own code raises
+        raise InputError(f"{path}: its rewrites do not fit the network's code: {first_line(error)}") from error
+    if cut_down.largest() > full.largest():
+        raise InputError(f"{path}: its rewrites make the network larger than the full one; the map is damaged.")
+    install(compact, rewrites)
 
 
 def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:

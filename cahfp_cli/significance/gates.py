@@ -7,7 +7,7 @@ and the gradient `da` through that consumer alone, the gate's gradient for sampl
 consumers of a * da`: no per-sample weight gradients are needed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cahfp_cli.coupling.groups import KEPT, ChannelGroups
-from cahfp_cli.coupling.slicing import tensors_of
+from cahfp_cli.coupling.calls import CONTRACTING, channels_read
+from cahfp_cli.coupling.groups import KEPT, ChannelGroups, Consumer
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.outputs import logits_of
 
@@ -46,80 +46,34 @@ class GateStatistics:
     loss: float
 
 
-@dataclass(frozen=True)
-class Consumer:
-    """Where a parameter contracts channels: the group of each entry of the contracted axis, KEPT for none."""
-
-    name: str
-    groups: torch.Tensor
-
-
-CHANNELS_SECOND = frozenset(
-    {torch.conv1d, torch.conv2d, torch.conv3d}
-    | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
-)
-"""Operators whose input has its channels in axis 1; the others have them last."""
-
-INPUT_POSITION: dict[Callable[..., Any], tuple[int, int]] = {
-    **dict.fromkeys(CHANNELS_SECOND, (0, 1)),
-    nn.functional.linear: (0, 1),
-    torch.addmm: (1, 2),
-    torch.mm: (0, 1),
-    torch.matmul: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.mm: (0, 1),
-    torch.Tensor.addmm: (1, 2),
-    torch.Tensor.__matmul__: (0, 1),
-}
-"""Where a contracting function takes its input and its weight."""
-
-
 class ConsumerInputs(TorchFunctionMode):
-    """Collects the input of every consumer while a model runs."""
+    """Collects what every consumer reads while a model runs: the consumer, its input, the axis of the channels."""
 
-    def __init__(self, consumers: Mapping[int, Consumer]) -> None:
+    def __init__(self, groups: ChannelGroups) -> None:
         super().__init__()
-        self.consumers = consumers
-        self.seen: list[tuple[Consumer, torch.Tensor, bool]] = []
+        self.consumers = {c.call: c for c in groups.consumers if (c.groups != KEPT).any()}
+        self.seen: list[tuple[Consumer, torch.Tensor, int]] = []
+        self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in INPUT_POSITION:
-            x, weight = (argument(args, kwargs, i) for i in INPUT_POSITION[func])
-            consumer = self.consumers.get(id(whole(weight)))
+        if func in CONTRACTING:
+            consumer = self.consumers.get(self._calls)
+            self._calls += 1
             if consumer is not None:
-                # A tensor of its own: nothing flows through it but what this consumer reads.
-                watched = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                x, axis = channels_read(func, args, kwargs), CONTRACTING[func][1]
+                if x.shape[axis] != len(consumer.groups):
+                    raise InputError(f"gates of {consumer.tensor} cannot be measured: the model runs in another way now")
+                watched = self.watch(consumer, x, axis)
                 args = tuple(watched if value is x else value for value in args)
                 kwargs = {name: watched if value is x else value for name, value in kwargs.items()}
-                x = watched
-                self.seen.append((consumer, x, func in CHANNELS_SECOND))
         return func(*args, **kwargs)
 
-
-def whole(weight: Any) -> Any:
-    """The parameter of which a weight is a view with all entries, as `w.t()` is; else the weight itself."""
-    base = getattr(weight, "_base", None)
-    return base if base is not None and base.numel() == weight.numel() else weight
-
-
-def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int) -> Any:
-    """A positional argument, or the one of the same place among keywords (input, weight)."""
-    if position < len(args):
-        return args[position]
-    names = ("mat1", "mat2") if "mat1" in kwargs else ("input", "weight")
-    return kwargs.get(names[min(position, 1)])
-
-
-def find_consumers(model: nn.Module, groups: ChannelGroups) -> dict[int, Consumer]:
-    """The consumers of prunable channels by the identity of their parameter."""
-    tensors = tensors_of(model)
-    found = {}
-    for name, axis in groups.consumers:
-        labels = groups.labels[name][axis]
-        if (labels != KEPT).any():
-            found[id(tensors[name])] = Consumer(name, torch.from_numpy(labels).to(tensors[name].device))
-    return found
+    def watch(self, consumer: Consumer, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """A tensor of its own for the consumer: nothing flows through it but what this consumer reads."""
+        watched = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        self.seen.append((consumer, watched, axis))
+        return watched
 
 
 def gate_statistics(
@@ -146,7 +100,6 @@ def gate_statistics(
         InputError: a sample gave a non-finite output or gradient (its number is named), or a consumer was not seen.
     """
     device = next(model.parameters()).device
-    consumers = find_consumers(model, groups)
     model.eval()
     totals = np.zeros((4, groups.count))
     loss = 0.0
@@ -154,7 +107,7 @@ def gate_statistics(
     for first in range(0, len(x), batch_size):
         samples = torch.from_numpy(x[first : first + batch_size]).to(device)
         labels = torch.from_numpy(y[first : first + batch_size]).to(device)
-        batch = measure_batch(model, consumers, groups.count, samples, labels, draws, generator)
+        batch = measure_batch(model, groups, samples, labels, draws, generator)
         bad = ~torch.isfinite(batch.losses) | ~torch.isfinite(batch.gradient).all(1)
         if bad.any():
             number = first + int(torch.nonzero(bad)[0])
@@ -181,50 +134,49 @@ class BatchStatistics:
 
 def measure_batch(
     model: nn.Module,
-    consumers: Mapping[int, Consumer],
-    groups: int,
+    groups: ChannelGroups,
     samples: torch.Tensor,
     labels: torch.Tensor,
     draws: int | None,
     generator: torch.Generator,
 ) -> BatchStatistics:
     """One forward pass, then one backward pass a class or a draw; weights get no gradients."""
-    collector = ConsumerInputs(consumers)
+    collector = ConsumerInputs(groups)
     with torch.enable_grad(), collector:
         logits = logits_of(model(samples))
-    missing = {c.name for c in consumers.values()} - {c.name for c, _, _ in collector.seen}
-    if missing:
-        raise InputError(f"gates of {sorted(missing)[0]} cannot be measured: its product is hidden from the tracer")
+    if len(collector.seen) < len(collector.consumers):
+        raise InputError("gates cannot be measured: the model runs fewer products than when it was traced")
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     inputs = [x for _, x, _ in collector.seen]
     if not inputs or not torch.isfinite(losses).all():  # nothing to measure, or nothing that the caller accepts
-        nothing = logits.new_zeros(len(samples), groups)
+        nothing = logits.new_zeros(len(samples), groups.count)
         return BatchStatistics(losses.detach(), nothing, nothing)
 
     def backward(output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients in what the consumers read, None where `output` does not depend on it."""
         return torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
 
-    several_rows = any(not second and x.shape[:-1].numel() > len(samples) for _, x, second in collector.seen)
+    several_rows = any(axis < 0 and x.shape[:-1].numel() > len(samples) for _, x, axis in collector.seen)
     of_first = backward(logits[0].square().sum()) if several_rows else (None,) * len(inputs)
-    seconds = [second for _, _, second in collector.seen]
-    strides = [sample_stride(dx, len(samples), second) for dx, second in zip(of_first, seconds, strict=True)]
+    strides = [
+        sample_stride(dx, len(samples), axis == 1) for dx, (_, _, axis) in zip(of_first, collector.seen, strict=True)
+    ]
+    numbers = [torch.from_numpy(np.where(c.groups == KEPT, groups.count, c.groups)) for c, _, _ in collector.seen]
+    numbers = [number.to(logits.device) for number in numbers]
 
     def gate_gradients(output: torch.Tensor) -> torch.Tensor:
         """d output / d gate for each sample, (b, groups); `output` is a sum over samples."""
         gradients = backward(output)
-        total = logits.new_zeros(len(samples), groups + 1)
-        for (consumer, x, channels_second), dx, stride in zip(collector.seen, gradients, strides, strict=True):
+        total = logits.new_zeros(len(samples), groups.count + 1)
+        for (_, x, axis), dx, stride, number in zip(collector.seen, gradients, strides, numbers, strict=True):
             if dx is None:  # read by something that the logits do not depend on
                 continue
             product = x.detach() * dx
-            by_position = product.flatten(2).sum(2) if channels_second else product.flatten(0, -2)
+            by_position = product.flatten(2).sum(2) if axis == 1 else product.flatten(0, -2)
             channels = by_position.shape[1]
             by_channel = by_position.reshape(-1, len(samples), stride, channels).sum((0, 2))
-            repeats = channels // len(consumer.groups)  # a grouped convolution reads each position once a group
-            entries = consumer.groups.repeat(repeats)
-            total.index_add_(1, torch.where(entries == KEPT, groups, entries), by_channel)
-        return total[:, :groups]
+            total.index_add_(1, number, by_channel)
+        return total[:, : groups.count]
 
     probabilities = logits.detach().softmax(1)
     classes = logits.shape[1]

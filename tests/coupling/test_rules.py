@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cahfp_cli.coupling.analysis import analyse
+from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.registry import RULES
 from cahfp_cli.coupling.rules.reshape import blocks
 from cahfp_cli.errors import InputError, VerificationError
-from cahfp_cli.pruning.submodel import cut
 from tests.networks import Attention, Masks, difference, masked
 
 SIDE = 4
@@ -32,7 +31,7 @@ def check(model, input_shape, widths):
     one_by_one = [np.arange(groups.count) != i for i in range(groups.count)]
     several = [Masks(kind, seed).of(groups) for kind in ("one each", "random") for seed in range(3)]
     for kept in [m for m in one_by_one if (groups.widths(m) > 0).all()] + several:
-        compact = cut(model, analysis, kept)
+        compact = cut(model, analysis, kept)[0]
         dead = set(groups.family[~kept].tolist())
         if not dead & set(groups.not_mask_equivalent):
             with torch.no_grad():
@@ -475,7 +474,7 @@ def test_a_head_for_training_alone_is_followed_too():
     model = linear_net(forward, a=first(), b=nn.Conv2d(6, 3, 1), extra=nn.Conv2d(6, 2, 1))
     groups = check(model, (2, SIDE, SIDE), {"a.weight": 6})
     assert (groups.labels["extra.weight"][1] == groups.labels["a.weight"][0]).all()
-    assert groups.consumers == (("a.weight", 1), ("b.weight", 1))
+    assert [(c.call, c.tensor, c.axis) for c in groups.consumers] == [(0, "a.weight", 1), (1, "b.weight", 1)]
 
 
 def test_dropout_and_batch_norm_in_training_mode():
@@ -483,7 +482,7 @@ def test_dropout_and_batch_norm_in_training_mode():
     model = chain(first(), nn.BatchNorm2d(6), nn.Dropout2d(0.5), nn.Dropout(0.5))
     analysis = analyse(model, (2, SIDE, SIDE))
     kept = np.array([True, False] * 3)
-    compact = cut(model, analysis, kept).train()
+    compact = cut(model, analysis, kept)[0].train()
     assert compact(torch.rand(3, 2, SIDE, SIDE)).shape == (3, 3, SIDE, SIDE)
     assert compact[1].running_mean.shape == (3,)
 
@@ -514,11 +513,11 @@ def test_images_through_a_transformer_of_the_library():
     assert sum(name.endswith("fc1.weight") or "intermediate" in name for name in groups.names) == 2, groups.names
     x = torch.rand(3, 2, 8, 8)
     for seed in range(5):
-        compact = cut(model, analysis, Masks("random", seed).of(groups))
+        compact = cut(model, analysis, Masks("random", seed).of(groups))[0]
         kept = Masks("random", seed).of(groups, equivalent=True)
         with torch.no_grad():
             assert torch.isfinite(compact(x).logits).all()
-            found, expected = cut(model, analysis, kept)(x).logits, masked(model, groups, kept)(x).logits
+            found, expected = cut(model, analysis, kept)[0](x).logits, masked(model, groups, kept)(x).logits
             assert difference(found, expected) <= 1e-5
 
 

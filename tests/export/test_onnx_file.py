@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from torch import nn
 
+from cahfp_cli.coupling.analysis import cut
 from cahfp_cli.errors import VerificationError
 from cahfp_cli.export import onnx_file
 from cahfp_cli.export.onnx_file import export_onnx
-from cahfp_cli.pruning.submodel import cut
 from tests.networks import IMAGE, Attention, Layer, VisionTransformer, examples, masks, networks
 
 METADATA = {"cahfp.checkpoint": "0" * 64, "cahfp.tool": "cahfp 0"}
@@ -31,7 +31,7 @@ def run(path, x):
 def test_onnx_equals_torch_at_any_batch(tmp_path_factory, network, mask):
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     analysis = network.analyse()
-    compact = cut(network.model, analysis, mask.of(analysis.groups))
+    compact = cut(network.model, analysis, mask.of(analysis.groups))[0]
     exported = export_onnx(compact, network.input_shape, path, METADATA)
     assert exported.size == path.stat().st_size
     assert exported.parity <= 1e-4

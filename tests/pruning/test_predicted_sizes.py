@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cahfp_cli.coupling.analysis import cut
 from cahfp_cli.coupling.analysis import LAYOUT
-from cahfp_cli.coupling.trace import ContiguousProducts
+from cahfp_cli.coupling.meta_run import ContiguousProducts
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.workload import depends_on_input, make_workload
-from cahfp_cli.pruning.submodel import cut
 from tests.networks import IMAGE, Network, examples, masks, networks
 
 
@@ -74,7 +74,7 @@ def test_predicted_sizes_equal_a_recount_on_the_sliced_network(network, mask):
     analysis = network.analyse()
     kept = mask.of(analysis.groups)
     widths = analysis.groups.widths(kept)
-    compact, workload = cut(network.model, analysis, kept), workload_of(network, analysis)
+    compact, workload = cut(network.model, analysis, kept)[0], workload_of(network, analysis)
     cost = compile_workload(workload, None).cost(widths)
     stored = compact.state_dict().values()
     assert int(cost.params) == sum(tensor.numel() for tensor in stored)
@@ -107,7 +107,7 @@ def test_predicted_outputs_equal_those_of_a_run_operator_by_operator(network, ma
     x = network.samples(1).to("meta")
     log = Written(x)
     with torch.no_grad(), ContiguousProducts(), log:
-        cut(network.model, analysis, kept).to("meta")(x)
+        cut(network.model, analysis, kept)[0].to("meta")(x)
     ran = named(log.entries)
     assert [name for name, _ in predicted] == [name for name, _ in ran]
     for (_, expected), (_, found) in zip(predicted, ran, strict=True):
@@ -121,4 +121,4 @@ def test_a_transposed_convolution_is_counted_at_its_inputs():
     analysis = network.analyse()
     kept = np.arange(analysis.groups.count) % 2 == 0
     cost = compile_workload(workload_of(network, analysis), None).cost(analysis.groups.widths(kept))
-    assert int(cost.macs) == layer_macs(cut(model, analysis, kept), network.samples(1))
+    assert int(cost.macs) == layer_macs(cut(model, analysis, kept)[0], network.samples(1))

@@ -113,7 +113,7 @@ def logits_of_gates(model, groups, x):
     def logits(z):
         gates = torch.cat([z, z.new_ones(1)])
         scaled = {}
-        for name, axis in groups.consumers:
+        for name, axis in {(consumer.tensor, consumer.axis) for consumer in groups.consumers}:
             weight = tensors[name]
             shape = [-1 if i == axis else 1 for i in range(weight.dim())]
             gate = gates[torch.from_numpy(groups.labels[name][axis])]

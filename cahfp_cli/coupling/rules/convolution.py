@@ -4,7 +4,6 @@ import numpy as np
 
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
-from cahfp_cli.coupling.rules.matmul import NO_GATE
 
 
 def removes_whole_groups(groups: int, inputs_per_group: int) -> bool:
@@ -47,10 +46,8 @@ def convolution(couplings: Couplings, call: Call) -> Axes:
         positions = weight[own].reshape(groups, -1)
         atoms.tie(weight[own], np.tile(positions[0], groups))
         contracted = True
-    if contracted and parameter is not None:
-        couplings.consumers[parameter.name, per_group] = None
-    elif contracted:
-        atoms.pin(channels_in, NO_GATE)
+    if contracted:
+        couplings.consume(channels_in, parameter, per_group)
     if bias is not None:
         atoms.tie(bias[0], out_axis)
     return (x[0], out_axis, *(fixed(n) for n in call.output.shape[2:]))

@@ -3,23 +3,15 @@
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 from cahfp_cli.coupling.rules.pointwise import broadcast
 
-NO_GATE = "contracted with a computed tensor, where no gate can be measured"
-
 
 def contract(couplings: Couplings, call: Call, left: str, right: str) -> Axes:
-    """(..., n, k) @ (..., k, m): ties k with k and batch with batch; notes which weight matrix contracts.
-
-    Without one, k is pinned: its gates could not be seen, and unseen groups would look worthless.
-    """
+    """(..., n, k) @ (..., k, m): ties k with k and batch with batch; notes which weight matrix contracts."""
     a, b = call.axes(left), call.axes(right)
     couplings.atoms.tie(a[-1], b[-2])
     for batch_a, batch_b in zip(a[:-2], b[:-2], strict=True):
         couplings.atoms.tie(batch_a, batch_b)
     parameter = call.parameter_of(call[right])
-    if parameter is not None and len(parameter.dims) == 2:
-        couplings.consumers[parameter.name, parameter.dims[-2]] = None
-    else:
-        couplings.atoms.pin(a[-1], NO_GATE)
+    couplings.consume(a[-1], parameter if parameter is not None and len(parameter.dims) == 2 else None, -2)
     return (*a[:-1], b[-1])
 
 

@@ -19,6 +19,9 @@ from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 def batch_norm(couplings: Couplings, call: Call) -> list[Axes | None]:
     """Ties scale, shift and running statistics to the channels; each channel is normalised on its own."""
     x = call.axes("input")
+    for axis, labels in enumerate(x):
+        if axis != 1:
+            couplings.atoms.remark(labels, "normalisation over the axis")
     for name in ("weight", "bias", "running_mean", "running_var"):
         axes = call.optional_axes(name)
         if axes is not None:

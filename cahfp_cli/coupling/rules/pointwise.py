@@ -61,9 +61,18 @@ def pointwise(couplings: Couplings, call: Call) -> Result:
     return axes if isinstance(call.output, torch.Tensor) else [axes for _ in outputs]
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum")
-def along_one_axis(couplings: Couplings, call: Call) -> Axes:
-    """Elementwise but for one axis along which everything mixes: that axis cannot lose entries."""
-    axes = call.axes("self")
-    couplings.atoms.pin(axes[call["dim"]], f"{call.op.overloadpacket.__name__} along the axis")
-    return axes
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp")
+@rule("flip", "roll", "sort", "topk", "tril", "triu", "_fft_r2c", "_fft_c2c", "_fft_c2r")
+def along_some_axes(couplings: Couplings, call: Call) -> Result:
+    """Elementwise but for some axes along which entries mix or move: those cannot lose entries."""
+    name, x = call.op.overloadpacket.__name__, call.axes("self")
+    dims = (-2, -1) if name in ("tril", "triu") else call.arguments.get("dim", call.arguments.get("dims"))
+    listed = [dims] if isinstance(dims, int) else dims or range(len(x))  # an empty list means all axes
+    along = {d % len(x) for d in listed}
+    for axis in along:
+        couplings.atoms.pin(x[axis], f"{name} along the axis")
+
+    def carried(output: torch.Tensor) -> Axes:
+        return tuple(fixed(output.shape[i]) if i in along else labels for i, labels in enumerate(x))
+
+    return carried(call.output) if isinstance(call.output, torch.Tensor) else [carried(out) for out in call.output]

@@ -1,4 +1,4 @@
-"""Reductions: a reduced axis mixes its entries, so it is pinned unless its length was fixed already."""
+"""Reductions: a reduced axis may lose entries, but the result is then that of fewer entries."""
 
 import torch
 
@@ -9,7 +9,7 @@ from cahfp_cli.coupling.registry import Axes, Call, Couplings, Result, rule
 @rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "prod", "linalg_vector_norm", "logsumexp", "any", "all")
 @rule("max", "min", "argmax", "argmin")
 def reduce(couplings: Couplings, call: Call) -> Result:
-    """Carries the axes that are not reduced."""
+    """Carries the axes that are not reduced. A maximum along one axis gives positions too, like argmax."""
     name = call.op.overloadpacket.__name__
     x = call.axes("self")
     if isinstance(call.arguments.get("other"), torch.Tensor):  # max(a, b) is elementwise
@@ -20,7 +20,9 @@ def reduce(couplings: Couplings, call: Call) -> Result:
     listed = [dims] if isinstance(dims, int) else dims or range(len(x))  # none or an empty list means all axes
     reduced = {d % len(x) for d in listed}
     for axis in reduced:
-        couplings.atoms.pin(x[axis], f"{name} over the axis")
+        if name in ("argmax", "argmin") or (name in ("max", "min") and not isinstance(call.output, torch.Tensor)):
+            couplings.atoms.pin(x[axis], f"{name} over the axis")
+        couplings.atoms.remark(x[axis], f"{name} over the axis")
     keep = call.arguments.get("keepdim", False)
     axes: Axes = tuple(fixed(1) if i in reduced else labels for i, labels in enumerate(x) if keep or i not in reduced)
     return axes if isinstance(call.output, torch.Tensor) else [axes for _ in call.output]

@@ -46,6 +46,72 @@ def squeeze(couplings: Couplings, call: Call) -> Axes:
     return tuple(labels for i, labels in enumerate(x) if i not in dropped)
 
 
+@rule("repeat")
+def repeat(couplings: Couplings, call: Call) -> Axes:
+    """Copies side by side: index i of every copy goes together."""
+    x, times = call.axes("self"), call["repeats"]
+    x = (*(fixed(1) for _ in range(len(times) - len(x))), *x)
+    for labels, n in zip(x, times, strict=True):
+        if n > 1 and len(labels) == 1:
+            couplings.atoms.pin(labels, "an axis of length 1 that is repeated")
+    return tuple(np.tile(labels, n) for labels, n in zip(x, times, strict=True))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(couplings: Couplings, call: Call) -> Axes:
+    """Channels become pixels: all those of one new channel go together."""
+    *batch, channels, _, _ = call.axes("self")
+    by_new_channel = channels.reshape(-1, call["upscale_factor"] ** 2)
+    couplings.atoms.tie(channels, np.repeat(by_new_channel[:, 0], by_new_channel.shape[1]))
+    height, width = call.output.shape[-2:]
+    return (*batch, by_new_channel[:, 0], fixed(height), fixed(width))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(couplings: Couplings, call: Call) -> Axes:
+    """Pixels become channels, those of one old channel side by side."""
+    *batch, channels, _, _ = call.axes("self")
+    height, width = call.output.shape[-2:]
+    return (*batch, np.repeat(channels, call["downscale_factor"] ** 2), fixed(height), fixed(width))
+
+
+@rule("im2col")
+def im2col(couplings: Couplings, call: Call) -> Axes:
+    """The window of each position as an axis: channels outside, places in the window inside."""
+    batch, channels = call.axes("self")[:2]
+    return (batch, np.repeat(channels, prod(call["kernel_size"])), fixed(call.output.shape[-1]))
+
+
+@rule("col2im")
+def col2im(couplings: Couplings, call: Call) -> Axes:
+    """The inverse of `im2col`: every place of a channel's window goes together."""
+    batch, places = call.axes("self")[:2]
+    by_channel = places.reshape(-1, prod(call["kernel_size"]))
+    couplings.atoms.tie(places, np.repeat(by_channel[:, 0], by_channel.shape[1]))
+    return (batch, by_channel[:, 0], *(fixed(n) for n in call.output.shape[2:]))
+
+
+@rule("unfold")
+def windows(couplings: Couplings, call: Call) -> Axes:
+    """Windows along one axis, their places as a new last axis."""
+    x = list(call.axes("self"))
+    axis = call["dimension"] % len(x)
+    couplings.atoms.pin(x[axis], "cut into windows")
+    x[axis] = fixed(call.output.shape[axis])
+    return (*x, fixed(call["size"]))
+
+
+@rule("as_strided_")
+def restrided(couplings: Couplings, call: Call) -> Axes:
+    """Another order in memory passes; anything else that strides can say is pinned."""
+    x = call.axes("self")
+    if tuple(call["size"]) == tuple(len(labels) for labels in x):
+        return x
+    for labels in x:
+        couplings.atoms.pin(labels, "strides given by the code")
+    return tuple(fixed(n) for n in call.output.shape)
+
+
 @rule("expand")
 def expand(couplings: Couplings, call: Call) -> Axes:
     """Old axes pass; repeated ones have a length that the code chose."""
@@ -100,8 +166,8 @@ def divide(couplings: Couplings, labels: Labels, shape: tuple[int, ...]) -> list
     """Labels of one axis split into several: one of them goes on varying, the others keep their length.
 
     If the labels are constant along all axes but one, that is the one, and nothing need be tied. Else one axis is
-    chosen (the outermost, or what `split_choice` says once a trace has shown that the outermost is pinned) and what
-    shares an index of it is tied, so that what survives stays rectangular.
+    chosen (the first in `preference` that no trace has shown to be pinned) and what shares an index of it is tied, so
+    that what survives stays rectangular.
     """
     if len(shape) == 1 or not varies(labels):
         return [labels] if len(shape) == 1 else [fixed(n) for n in shape]
@@ -110,11 +176,17 @@ def divide(couplings: Couplings, labels: Labels, shape: tuple[int, ...]) -> list
         along = first_along(block, axis)
         if (block == along.reshape([-1 if i == axis else 1 for i in range(len(shape))])).all():
             return [along if i == axis else fixed(n) for i, n in enumerate(shape)]
-    axis = couplings.split_choice.setdefault(shape, 0)
+    axis = preference(shape)[couplings.split_choice.setdefault(shape, 0)]
     along = first_along(block, axis)
     couplings.atoms.tie(np.moveaxis(block, axis, -1).reshape(-1), np.tile(along, labels.size // len(along)))
     couplings.splits.append((shape, labels, along))
     return [along if i == axis else fixed(n) for i, n in enumerate(shape)]
+
+
+def preference(shape: tuple[int, ...]) -> list[int]:
+    """Axes of a split in the order to try them: outer before inner, as heads are; but the shortest last, which are
+    rather query, key and value, or the groups of a shuffle."""
+    return sorted(range(len(shape)), key=lambda axis: (0, axis) if shape[axis] > 3 else (4 - shape[axis], axis))
 
 
 def first_along(block: Labels, axis: int) -> Labels:

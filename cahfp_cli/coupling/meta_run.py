@@ -1,0 +1,113 @@
+"""Running a model on meta tensors, which carry shapes and no data: one forward pass under a mode that watches it."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
+ACTIVATIONS = frozenset(
+    {"relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"}
+    | {"sigmoid", "tanh", "softplus"}
+)
+ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
+PRODUCTS = frozenset(
+    {nn.functional.linear, nn.functional.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul}
+    | {torch.Tensor.__matmul__}
+)
+
+
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that does not import the compiler, seconds of work, only to keep it out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class ContiguousProducts(TorchFunctionMode):
+    """Gives matrix products contiguous operands: they choose their operators by memory layout, and an axis of length 1
+    has every layout, so that a narrow model would run other operators than the full one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS:
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+def forward(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], training: bool, *watchers: AbstractContextManager[Any]
+) -> Any:
+    """One forward pass inside the watchers, without gradients."""
+    model.train(training)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would hide the whole attention in one operator
+    try:
+        with torch.no_grad(), ContiguousProducts(), ExitStack() as stack:
+            for watcher in watchers:
+                stack.enter_context(watcher)
+            return model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator. On meta tensors some would run as dozens of Python operators, only to find a shape that is
+    their input's, and would import the compiler for it."""
+    name, x = func.overloadpacket.__name__, args[0] if args else None
+    if isinstance(x, torch.Tensor) and x.is_meta:
+        if name in BATCH_NORMS and all(len(v) == x.shape[1] for v in args[1:5] if isinstance(v, torch.Tensor)):
+            return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+        if name in ACTIVATIONS:
+            return torch.empty_like(x)
+        if name.endswith("_") and name[:-1] in ACTIVATIONS:
+            return x
+        if func is torch.ops.aten.mean.dim and "dtype" not in kwargs:
+            return torch.ops.aten.sum.dim_IntList(*args, **kwargs)
+        if name == "addmm" and args[1].shape[1] == args[2].shape[0] and alike(args[1], args[2]):
+            return x.new_empty(args[1].shape[0], args[2].shape[1])
+        if name in ARITHMETIC and len(args) > 1 and isinstance(args[1], torch.Tensor) and alike(x, args[1]):
+            return x.new_empty(torch.broadcast_shapes(x.shape, args[1].shape))
+    return func(*args, **kwargs)
+
+
+def alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors give a third of their kind when added or multiplied."""
+    return x.dtype == y.dtype and x.is_floating_point() and y.is_meta and x.dim() > 0 and y.dim() > 0
+
+
+def bind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of the operator's schema, defaults filled in."""
+    bound = {}
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            bound[argument.name] = args[i]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Tensors among values and in lists of them, in order."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(v for v in value if isinstance(v, torch.Tensor))
+    return found
+
+
+def offset_of(func: Any, bound: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Axis and index where a cut of a part of an axis starts; with the length of the result this says which part."""
+    if func.overloadpacket.__name__ != "slice":
+        return None
+    x, axis, start = bound["self"], bound["dim"], bound.get("start") or 0
+    length = x.shape[axis]
+    return axis % x.dim(), min(max(start + length if start < 0 else start, 0), length)

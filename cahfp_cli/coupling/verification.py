@@ -1,0 +1,204 @@
+"""The op-log check: a sliced copy runs on meta tensors, and operator k must do what the atoms predict.
+
+It must give exactly the predicted shapes, cut where predicted, and compute with the same numbers (a scale that followed
+a width would change what is kept). Calls in which the code gives other numbers are rewritten on the way.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cahfp_cli.coupling.atoms import Labels, varies
+from cahfp_cli.coupling.meta_run import forward
+from cahfp_cli.coupling.module_stack import ModuleStack
+from cahfp_cli.coupling.operator_log import Logged, OperatorLog
+from cahfp_cli.coupling.rewriting import CallFollower, install
+from cahfp_cli.coupling.rewrites import Rewrite
+from cahfp_cli.coupling.slicing import Indices, slice_module, to_meta
+from cahfp_cli.coupling.trace import Operation, Trace
+from cahfp_cli.errors import first_line
+
+Mask = NDArray[np.bool_]
+
+LAYOUT: dict[str, str | None] = {
+    "clone": None,
+    "contiguous": None,
+    "detach": None,
+    "alias": None,
+    "_unsafe_view": "view",
+    "_reshape_alias": "view",
+    "_reshape_copy": "view",
+    "view_copy": "view",
+}
+"""Operators that come and go with the memory layout of a width and mean the same: left out (None) or renamed."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run the model: training or evaluation, with a batch."""
+
+    training: bool
+    batch: int
+
+
+MODES = (Mode(training=False, batch=1), Mode(training=True, batch=2))
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where a sliced model departed from the prediction: operator number `position` of trace number `trace`."""
+
+    trace: int
+    position: int
+    problem: str
+
+
+class Plan:
+    """The groups behind every axis of a trace's values, laid out so that a mask's widths are one sum.
+
+    Args:
+        group_of_atom: int64 (atoms,), the group of each atom or -1.
+    """
+
+    def __init__(self, trace: Trace, group_of_atom: Labels) -> None:
+        self.trace = trace
+        self.operations = [
+            (position, operation, LAYOUT.get(operation.name, operation.name))
+            for position, operation in enumerate(trace.operations)
+            if LAYOUT.get(operation.name, operation.name)
+        ]
+        self._numbers: dict[int, int] = {}
+        pieces: list[Labels] = []
+        for value in trace.values:
+            for labels in value.axes:
+                if id(labels) not in self._numbers and varies(labels):
+                    self._numbers[id(labels)] = len(pieces)
+                    pieces.append(group_of_atom[labels])
+        self.pieces = pieces
+        self._groups = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+        self._starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
+
+    def number(self, labels: Labels) -> int | None:
+        """Which piece an axis is; None if all of it survives every mask."""
+        return self._numbers.get(id(labels))
+
+    def widths(self, kept: Mask) -> "MaskedWidths":
+        """What a mask (groups,) leaves of each axis."""
+        alive = np.append(kept, True)  # label -1 picks the last entry: what belongs to no group survives
+        counts = np.add.reduceat(alive[self._groups], self._starts, dtype=np.int64) if self.pieces else self._starts
+        return MaskedWidths(self, alive, counts.tolist())
+
+
+@dataclass(frozen=True)
+class MaskedWidths:
+    """The `Widths` of one mask."""
+
+    plan: Plan
+    alive: Mask
+    counts: list[int]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        numbers = ((self.plan.number(labels), labels) for labels in self.plan.trace.values[value].axes)
+        return tuple(len(labels) if number is None else self.counts[number] for number, labels in numbers)
+
+    def before(self, value: int, axis: int, index: int) -> int:
+        number = self.plan.number(self.plan.trace.values[value].axes[axis])
+        return index if number is None else int(self.alive[self.plan.pieces[number][:index]].sum())
+
+    def length(self, value: int, axis: int) -> int:
+        return len(self.plan.trace.values[value].axes[axis])
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a sliced copy showed: the first mismatch, None if there is none, and the rewrites that it needs."""
+
+    mismatch: Mismatch | None
+    rewrites: tuple[Rewrite, ...]
+
+
+def verify(
+    subject: nn.Module,
+    indices: Indices,
+    plans: Sequence[Plan],
+    kept: Mask,
+    input_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    on_meta: bool,
+    rewrites: tuple[Rewrite, ...] | None = None,
+) -> Verified:
+    """Slice, run in both modes, compare operator by operator.
+
+    Args:
+        subject: the full model; on meta, unless it only runs on real tensors.
+        plans: of its traces in `MODES`.
+        rewrites: what to put in place; None finds out what is needed on the way.
+    """
+    sliced = slice_module(subject, indices)
+    found: list[Rewrite] = []
+    for number, (plan, mode) in enumerate(zip(plans, MODES, strict=True)):
+        widths = plan.widths(kept)
+        compact = copy.deepcopy(sliced) if number == 0 else sliced  # a run may change the model's state
+        if rewrites is not None:
+            install(compact, rewrites)
+        stack = ModuleStack(compact)
+        follower = CallFollower(stack, plan.trace.calls, widths, mode.training)
+        log = OperatorLog()
+        sample = sample_for(mode, input_shape, dtype, on_meta)
+        problem = None
+        try:
+            forward(compact, (sample,), mode.training, stack, follower, log)
+        except Exception as error:  # whatever the user's own forward raises on a width it does not expect
+            problem = first_line(error)
+        if rewrites is not None and follower.rewrites:
+            changed = follower.rewrites[0]
+            problem = f"{changed.function} in {changed.module} still says {changed.old} for {changed.new}"
+        mismatch = compare(number, plan, widths, log.entries, problem)
+        if mismatch is not None:
+            return Verified(mismatch, ())
+        found += follower.rewrites
+    return Verified(None, tuple(found))
+
+
+def sample_for(mode: Mode, input_shape: tuple[int, ...], dtype: torch.dtype, on_meta: bool) -> torch.Tensor:
+    """A batch of inputs; on real tensors 0.5, or token 1, so that every run sees the same."""
+    if on_meta:
+        return torch.empty((mode.batch, *input_shape), device="meta", dtype=dtype)
+    return torch.full((mode.batch, *input_shape), 0.5 if dtype.is_floating_point else 1, dtype=dtype)
+
+
+def compare(
+    number: int, plan: Plan, widths: MaskedWidths, entries: Sequence[Logged], problem: str | None
+) -> Mismatch | None:
+    """The first operator of a run that did not do as predicted."""
+    ran = [(LAYOUT.get(entry.name, entry.name), entry) for entry in entries]
+    ran = [(name, entry) for name, entry in ran if name]
+    position = 0
+    for (position, operation, planned), (name, entry) in zip(plan.operations, ran, strict=False):
+        if name != planned:
+            return Mismatch(number, position, f"the sliced model ran {entry.name} instead of {operation.name}")
+        predicted = tuple(widths.shape(value) for value in operation.outputs)
+        if entry.shapes != predicted:
+            return Mismatch(number, position, f"shape {entry.shapes} instead of {predicted}")
+        if entry.numbers != operation.numbers:
+            return Mismatch(number, position, f"numbers {entry.numbers} instead of {operation.numbers}")
+        if entry.offset != predicted_offset(operation, widths):
+            return Mismatch(number, position, "the bounds of a cut do not follow the widths")
+    if len(ran) < len(plan.operations):
+        return Mismatch(number, plan.operations[len(ran)][0], problem or "the sliced model ran fewer operators")
+    if problem is not None or len(ran) > len(plan.operations):
+        return Mismatch(number, position, problem or "the sliced model ran more operators")
+    return None
+
+
+def predicted_offset(operation: Operation, widths: MaskedWidths) -> tuple[int, int] | None:
+    """Where a cut must start in the sliced model."""
+    if operation.offset is None:
+        return None
+    axis, start = operation.offset
+    return axis, widths.before(operation.inputs[0], axis, start)

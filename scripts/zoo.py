@@ -154,14 +154,14 @@ def randomise(model: Any, seed: int) -> None:
 
 
 def random_mask(groups: Any, seed: int) -> Any:
-    """Keeps 55% of each family's groups, at least one."""
+    """Keeps 55% of each family's groups, but never fewer than its narrowest width."""
     import numpy as np
 
     random = np.random.default_rng(seed)
     kept = np.ones(groups.count, dtype=bool)
     for family in range(len(groups.names)):
         members = np.flatnonzero(groups.family == family)
-        removed = min(round(REMOVED * len(members)), len(members) - 1)
+        removed = min(round(REMOVED * len(members)), len(members) - groups.narrowest[family])
         kept[random.choice(members, removed, replace=False)] = False
     return kept
 

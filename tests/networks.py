@@ -404,19 +404,20 @@ class Masks:
     rates: tuple[float, ...] = field(default=(0.2, 0.5, 0.8))
 
     def of(self, groups: ChannelGroups, equivalent: bool = False) -> np.ndarray:
-        """Boolean (groups,), at least one kept in every family; `equivalent` spares families where zeroing differs."""
+        """Boolean (groups,), the narrowest width or more of every family; `equivalent` spares families where zeroing differs."""
         rng = np.random.default_rng(self.seed)
         kept = np.ones(groups.count, dtype=bool)
         for number in range(len(groups.names)):
             members = rng.permutation(np.flatnonzero(groups.family == number))
+            least = groups.narrowest[number]
             if equivalent and number in groups.not_mask_equivalent:
                 continue
             if self.kind == "one each":
-                kept[members[1:]] = False
+                kept[members[least:]] = False
             elif self.kind == "all but one":
-                kept[members[: len(members) > 1]] = False
+                kept[members[: len(members) > least]] = False
             elif self.kind == "random":
-                kept[members[1:]] = rng.random(len(members) - 1) < rng.choice(self.rates)
+                kept[members[least:]] = rng.random(len(members) - least) < rng.choice(self.rates)
         return kept
 
 

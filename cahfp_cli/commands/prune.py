@@ -239,7 +239,7 @@ def choose(
     itemsizes = {name: tensor.element_size() for name, tensor in network.model.state_dict().items()}
     model = compile_workload(make_workload(analysis, itemsizes), target.profile)
     try:
-        return select(significance, analysis.groups.family, model, target.budget)
+        return select(significance, analysis.groups.family, model, target.budget, analysis.groups.narrowest)
     except BudgetError as error:
         raise BudgetError(f"{target.name}: {error}" if target.name else str(error)) from None
 

@@ -5,8 +5,8 @@ place is pinned and the groups are solved again.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -30,7 +30,7 @@ assert rules.__all__  # importing the package fills the registry
 M = TypeVar("M", bound=nn.Module)
 
 MAX_REPAIRS = 200
-PROBES = 3
+RANDOM_PROBES = 2
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,26 @@ def attempt(
     groups, group_of_atom = solve(couplings.atoms, prunable, consumptions)
     for _ in range(MAX_REPAIRS):
         plans = [Plan(one, group_of_atom) for one in traces]
-        rewrites: tuple[Rewrite, ...] = ()
-        for kept in probes(groups, rng):
+        rewrites: list[Rewrite] = []
+
+        def mismatch_of(kept: NDArray[np.bool_]) -> Mismatch | None:
             verified = verify(subject, groups.indices(kept), plans, kept, input_shape, dtype, on_meta)
-            rewrites += verified.rewrites
-            if verified.mismatch is not None:
+            rewrites.extend(verified.rewrites)
+            return verified.mismatch
+
+        for narrowest in floors(groups):
+            mismatch = mismatch_of(probe(groups, narrowest, 0.0, rng))
+            if mismatch is None:
                 break
-        else:
+        for _ in range(RANDOM_PROBES):
+            mismatch = mismatch or mismatch_of(probe(groups, narrowest, 1.0, rng))
+        if mismatch is None:
             sites = tuple(dict.fromkeys(f"{rewrite.module}: {rewrite.function}" for rewrite in rewrites))
+            groups = replace(groups, narrowest=narrowest)
             return Analysis(groups, traces, group_of_atom, input_shape, dtype, sites, on_meta)
-        if revise_choice_at(couplings, traces, verified.mismatch):
+        if revise_choice_at(couplings, traces, mismatch):
             return None
-        groups, group_of_atom = pin_mismatch(couplings, traces, verified.mismatch, groups, prunable, consumptions)
+        groups, group_of_atom = pin_mismatch(couplings, traces, mismatch, groups, prunable, consumptions)
     raise InputError(f"the model's widths are fixed in more than {MAX_REPAIRS} places of its code")
 
 
@@ -200,17 +208,25 @@ def revise_choice_at(couplings: Couplings, traces: Sequence[Trace], mismatch: Mi
     return False
 
 
-def probes(groups: ChannelGroups, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
-    """Masks that keep at least one group of each family: one that keeps no more, and random ones.
+def floors(groups: ChannelGroups) -> list[Labels]:
+    """Narrowest widths to try, int64 (families,) each: one group; two, since an axis of length 1 means something else
+    to broadcasting; an eighth, since code like `channels // heads` comes to zero below."""
+    full = groups.widths(np.ones(groups.count, dtype=bool))
+    return [np.minimum(full, floor) for floor in (1, 2, np.maximum(2, -(-full // 8)))]
 
-    Each family keeps another share of its groups, so that widths which were equal by chance are not.
+
+def probe(groups: ChannelGroups, narrowest: Labels, spread: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A random mask that keeps at least the narrowest widths, and up to the share `spread` of what is above them.
+
+    Each family keeps another share, so that widths which were equal by chance are not.
     """
-    for number in range(PROBES):
-        share = rng.random(len(groups.names)) if number else np.zeros(len(groups.names))
-        kept = rng.random(groups.count) < share[groups.family]
-        for family in np.flatnonzero(groups.widths(kept) == 0):
-            kept[rng.choice(np.flatnonzero(groups.family == family))] = True
-        yield kept
+    full = groups.widths(np.ones(groups.count, dtype=bool))
+    widths = narrowest + ((full - narrowest + 1) * spread * rng.random(len(full))).astype(np.int64)
+    order = np.lexsort((rng.random(groups.count), groups.family))  # each family in random order, one after the other
+    place = np.arange(groups.count) - np.repeat(np.cumsum(full) - full, full)
+    kept = np.zeros(groups.count, dtype=bool)
+    kept[order[place < np.repeat(widths, full)]] = True
+    return kept
 
 
 def pin_mismatch(

@@ -40,6 +40,8 @@ class ChannelGroups:
     names: one name a family, that of the first tensor it covers.
     consumers: the calls that contract channels, by a convolution or a matrix product: zeroing a group in what they
         read, and nowhere else, removes it.
+    narrowest: int64 (families,), the fewest groups of each that were shown to run: with fewer, the model's code may do
+        something else.
     pinned: for each (tensor, axis) that cannot be pruned at all, why.
     not_mask_equivalent: for each family that is not, why removing differs from zeroing.
     """
@@ -48,6 +50,7 @@ class ChannelGroups:
     family: Labels
     names: tuple[str, ...]
     consumers: tuple[Consumer, ...]
+    narrowest: Labels
     pinned: Mapping[tuple[str, int], str]
     not_mask_equivalent: Mapping[int, str]
 
@@ -108,6 +111,7 @@ def solve(
             labels=labels,
             family=family,
             names=names,
+            narrowest=np.ones(len(names), dtype=np.int64),
             consumers=tuple(Consumer(c.call, c.tensor, c.axis, group_of_atom[c.labels]) for c in consumptions),
             pinned=why_pinned(atoms, tensors, labels),
             not_mask_equivalent=remarks(atoms, group_of_atom, family),

@@ -30,6 +30,7 @@ LAYOUT: dict[str, str | None] = {
     "contiguous": None,
     "detach": None,
     "alias": None,
+    "as_strided_": None,  # where it is more than layout, its rule pins all that it reads
     "_unsafe_view": "view",
     "_reshape_alias": "view",
     "_reshape_copy": "view",

@@ -16,7 +16,6 @@ from cahfp_cli.pruning.budget import Budget, Limits, limits_of, shown, values_of
 
 Mask = NDArray[np.bool_]
 Widths = NDArray[np.int64]
-MIN_WIDTH = 1
 SHARE_STEPS = 40
 
 
@@ -32,7 +31,13 @@ class Selection:
     binding: str | None
 
 
-def select(significance: NDArray[np.float64], family: Widths, model: CostModel, budget: Budget) -> Selection:
+def select(
+    significance: NDArray[np.float64],
+    family: Widths,
+    model: CostModel,
+    budget: Budget,
+    narrowest: Widths | None = None,
+) -> Selection:
     """Choose the groups to keep.
 
     Args:
@@ -40,15 +45,17 @@ def select(significance: NDArray[np.float64], family: Widths, model: CostModel, 
         family: int64 (groups,).
         model: costs as a function of the widths.
         budget: all its limits hold in the result.
+        narrowest: int64 (families,), what a family keeps at least; one group without it.
     Raises:
-        BudgetError: one group in every family is already too much; the message has the smallest reachable values.
+        BudgetError: the narrowest network is already too much; the message has the smallest reachable values.
     """
     full_widths = np.asarray(model.workload.full_widths, dtype=np.int64)
     full = model.cost(full_widths)
     limits = limits_of(budget, full)
-    most = np.maximum(np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64), MIN_WIDTH)
-    check_reachable(model, limits, full_widths)
-    widths = grow(significance, family, model, limits, uniform(model, limits, full_widths, most), most)
+    least = np.minimum(full_widths, 1 if narrowest is None else narrowest)
+    most = np.maximum(np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64), least)
+    check_reachable(model, limits, least)
+    widths = grow(significance, family, model, limits, uniform(model, limits, full_widths, least, most), most)
     kept = strongest(significance, family, widths)
     cost = model.cost(widths)
     excess = limits.excess(cost)
@@ -56,9 +63,9 @@ def select(significance: NDArray[np.float64], family: Widths, model: CostModel, 
     return Selection(kept, cost, full, limits, binding)
 
 
-def check_reachable(model: CostModel, limits: Limits, full_widths: Widths) -> None:
+def check_reachable(model: CostModel, limits: Limits, least: Widths) -> None:
     """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
-    narrowest = model.cost(np.minimum(full_widths, MIN_WIDTH))
+    narrowest = model.cost(least)
     broken = [name for name, limit in limits.by_name.items() if values_of(narrowest, name) > limit]
     if broken:
         parts = [
@@ -67,7 +74,7 @@ def check_reachable(model: CostModel, limits: Limits, full_widths: Widths) -> No
             for name in broken
         ]
         raise BudgetError(
-            f"the budget cannot be met even with one channel a layer: {', '.join(parts)}.\n"
+            f"the budget cannot be met even with the fewest channels a layer: {', '.join(parts)}.\n"
             "Raise the budget, or start from a smaller network."
         )
 
@@ -81,12 +88,12 @@ def shown_up(name: str, value: float) -> str:
     return str(ceil(value))
 
 
-def uniform(model: CostModel, limits: Limits, full_widths: Widths, most: Widths) -> Widths:
+def uniform(model: CostModel, limits: Limits, full_widths: Widths, least: Widths, most: Widths) -> Widths:
     """Widths of the largest share, the same in every family, that fits; costs grow with widths, so bisection works."""
 
     def of(share: float) -> Widths:
         widths: Widths = np.floor(full_widths * share + 0.5).astype(np.int64)
-        return np.maximum(np.minimum(widths, most), MIN_WIDTH)
+        return np.maximum(np.minimum(widths, most), least)
 
     if limits.fit(model.cost(most)).all():
         return most

@@ -136,7 +136,7 @@ def test_the_smallest_reachable_value_can_be_passed_back_and_one_unit_less_canno
     significance, family, model = problem
     parse = {"macs": parse_limit, "params": parse_limit, "latency": parse_seconds}.get(name, parse_bytes)
     tiny = {"macs": Count(1), "params": Count(1), "latency": 1e-12}.get(name, 1)
-    with pytest.raises(BudgetError, match="cannot be met even with one channel a layer") as error:
+    with pytest.raises(BudgetError, match="cannot be met even with the fewest channels a layer") as error:
         select(significance, family, model, Budget(**{name: tiny}))
     text = re.search(r"smallest reachable: ([^)]+)\)", str(error.value))[1].replace(" ", "")
     found = select(significance, family, model, Budget(**{name: parse(text)}))

@@ -415,7 +415,7 @@ class Masks:
             if self.kind == "one each":
                 kept[members[least:]] = False
             elif self.kind == "all but one":
-                kept[members[: len(members) > least]] = False
+                kept[members[: int(len(members) > least)]] = False
             elif self.kind == "random":
                 kept[members[least:]] = rng.random(len(members) - least) < rng.choice(self.rates)
         return kept

@@ -246,9 +246,11 @@ def pin_mismatch(
     operations = expected.operations
     for position in range(mismatch.position, -1, -1):
         culprit = operations[position]
+        stopped = mismatch.raised and position == mismatch.position  # the code did not like what it was about to read
         for operation in operations:
             if (operation.site, operation.name) == (culprit.site, culprit.name):
-                for value in (*operation.inputs, *operation.outputs):
+                read = [v for v in operation.inputs if not stopped or expected.values[v].parameter is None]
+                for value in read if stopped else (*read, *operation.outputs):
                     for labels in expected.values[value].axes:
                         couplings.atoms.pin(labels, f"the model's code fixes a width at operator {operation.name}")
         pinned, group_of_atom = solve(couplings.atoms, prunable, consumptions)

@@ -6,7 +6,7 @@ numbers of such a call must be follows from the labels of the tensors that it ma
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -15,17 +15,26 @@ from cahfp_cli.coupling.rewrites import Number
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # the exporter runs code with symbols for sizes
 
 
+class CallKey(NamedTuple):
+    """A call in one activation of a module: see `rewrites.Rewrite`. Its place rather than its number in a sequence,
+    since code that runs only once, or only in training, would shift the others."""
+
+    function: str
+    place: str
+    time: int
+
+
 @dataclass(frozen=True)
 class CallRecord:
     """One such call of a trace.
 
-    module: path of the module whose forward made it, None outside the model; `call`: its number in that activation.
+    module: path of the module whose forward made it, None outside the model.
+    call: which of its calls it is.
     source: the trace's value that is its first tensor, None without one. results: the values that it returned.
     """
 
     module: str | None
-    call: int
-    function: str
+    call: CallKey
     numbers: tuple[Number, ...]
     source: int | None
     results: tuple[int, ...]
@@ -149,8 +158,10 @@ def bound(widths: Widths, value: int, axis: int, limit: int) -> int:
     length = widths.length(value, axis)
     if limit >= length or limit < -length:
         return limit
-    survivors = widths.before(value, axis, limit % length if limit else 0)
-    return survivors - widths.shape(value)[axis] if limit < 0 else survivors
+    survivors, sliced = widths.before(value, axis, limit % length), widths.shape(value)[axis]
+    if limit < 0:
+        return survivors - sliced or sliced  # the end has no negative number
+    return survivors
 
 
 def factors(widths: Widths, record: CallRecord, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Number]:

@@ -1,6 +1,7 @@
 """Which module runs: a stack of frames kept by forward hooks while a model runs."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import nn
@@ -9,14 +10,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 @dataclass
 class Frame:
-    """One activation of a module: how many calls and operators ran in it so far, its children's included.
+    """One activation of a module: what ran in it so far, its children's included.
 
     path: the module's name in the model; None if it is not part of the model.
+    calls: how often each function was called at each place; operators: how many ran.
     """
 
     path: str | None
     kind: type[nn.Module]
-    calls: int = 0
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     operators: int = 0
 
 

@@ -22,12 +22,14 @@ def numbers_used(func: Any, bound: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Logged:
-    """One operator of a run: its name, output shapes, the numbers that it computed with, where a cut starts."""
+    """One operator of a run: its name, output shapes, the numbers that it computed with, where a cut starts and whether
+    it took all of the axis."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     numbers: tuple[str, ...]
     offset: tuple[int, int] | None
+    whole: bool
 
 
 class OperatorLog(EagerMode):
@@ -44,7 +46,9 @@ class OperatorLog(EagerMode):
             shapes = tuple(tuple(t.shape) for t in written)
             bound = bind(func, args, kwargs or {})
             name = func.overloadpacket.__name__
-            self.entries.append(Logged(name, shapes, numbers_used(func, bound), offset_of(func, bound)))
+            offset = offset_of(func, bound)
+            whole = offset is not None and bound["self"].shape == output.shape
+            self.entries.append(Logged(name, shapes, numbers_used(func, bound), offset, whole))
         return output
 
     def largest(self) -> int:

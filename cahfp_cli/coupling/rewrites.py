@@ -9,15 +9,16 @@ Number = int | float
 class Rewrite:
     """One number in the code of a module that a slice changes.
 
-    In call number `call` of the forward of `module` (`calls.WANTED` says which calls count; its children's do), in
-    training or evaluation mode, number `argument` among the arguments is `new` where the code says `old`; a multiple
-    of `old`, as of a batch, becomes the same multiple of `new`.
+    When `module` runs, in training or evaluation mode, and `function` is called at `place` (the name of a Python
+    function and the line in it, counted from its first) for the `time`-th time, number `argument` among the arguments
+    is `new` where the code says `old`; a multiple of `old`, as of a batch, becomes the same multiple of `new`.
     """
 
     module: str
     training: bool
-    call: int
     function: str
+    place: str
+    time: int
     argument: int
     old: Number
     new: Number

@@ -5,6 +5,8 @@ in the calls that `Rewrite` names one number is another. In comparison with rewr
 the model go on working, nothing is exported, and every head or channel can still be pruned on its own.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from cahfp_cli.coupling.calls import (
     CONTRACTING,
     NUMBERS,
     WANTED,
+    CallKey,
     CallRecord,
     Widths,
     channels_read,
@@ -64,14 +67,14 @@ class CallRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in WANTED:
             return func(*args, **kwargs)
-        module, call = count_call(self._stack)
+        module, call = count_call(self._stack, name)
         numbers = tuple(numbers_in(args, kwargs))
         result = func(*args, **kwargs)
         tensors = result if isinstance(result, tuple | list) else (result,)
         if numbers:
             source = self._number(args[0]) if args and isinstance(args[0], torch.Tensor) else None
             values = tuple(self._number(t) for t in tensors)
-            self.records.append(CallRecord(module, call, name, numbers, source, values))
+            self.records.append(CallRecord(module, call, numbers, source, values))
         return result
 
 
@@ -92,11 +95,11 @@ class CallFollower(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in WANTED:
             return func(*args, **kwargs)
-        module, call = count_call(self._stack)
+        module, call = count_call(self._stack, name)
         numbers = numbers_in(args, kwargs)
         if numbers:
             record = next(self._records, None)
-            if record is None or (record.module, record.call, record.function) != (module, call, name):
+            if record is None or (record.module, record.call) != (module, call):
                 self._records = iter(())
             elif module is not None and len(numbers) == len(record.numbers):
                 wanted = WANTED[name](self._widths, record, args, kwargs)
@@ -106,7 +109,7 @@ class CallFollower(TorchFunctionMode):
                     if old != new and new != -1
                 }
                 self.rewrites += [
-                    Rewrite(module, self._training, call, name, i, old, new) for i, (old, new) in changed.items()
+                    Rewrite(module, self._training, *call, i, old, new) for i, (old, new) in changed.items()
                 ]
                 args, kwargs = substitute(args, kwargs, changed)
         return func(*args, **kwargs)
@@ -115,18 +118,19 @@ class CallFollower(TorchFunctionMode):
 class Rewriter(TorchFunctionMode):
     """Changes numbers in the calls of one activation of a module; entered and left by its hooks."""
 
-    def __init__(self, module: str, rewrites: Sequence[Rewrite]) -> None:
+    def __init__(self, rewrites: Sequence[Rewrite]) -> None:
         super().__init__()
-        self._module = module
-        self._calls: dict[tuple[bool, int], list[Rewrite]] = {}
+        self._wanted: dict[tuple[bool, CallKey], dict[int, tuple[Number, Number]]] = {}
         for rewrite in rewrites:
-            self._calls.setdefault((rewrite.training, rewrite.call), []).append(rewrite)
+            key = rewrite.training, CallKey(rewrite.function, rewrite.place, rewrite.time)
+            self._wanted.setdefault(key, {})[rewrite.argument] = (rewrite.old, rewrite.new)
+        self._functions = {rewrite.function for rewrite in rewrites}
         self._training = False
-        self._count = 0
+        self._calls: Counter[tuple[str, str]] = Counter()
 
     def start(self, module: nn.Module, inputs: Any) -> None:
         self._training = module.training
-        self._count = 0
+        self._calls.clear()
         self.__enter__()
 
     def stop(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -135,25 +139,30 @@ class Rewriter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in WANTED:
-            self._count += 1
-            found = self._calls.get((self._training, self._count))
-            if found is not None:
-                if any(rewrite.function != name for rewrite in found):
-                    raise RuntimeError(
-                        f"the code of {self._module or 'the model'} runs {name} where {found[0].function} was when the "
-                        "submodel was cut"
-                    )
-                changed = {rewrite.argument: (rewrite.old, rewrite.new) for rewrite in found}
-                args, kwargs = substitute(args, kwargs, changed)
+        if name in self._functions:
+            where = place()
+            self._calls[name, where] += 1
+            changed = self._wanted.get((self._training, CallKey(name, where, self._calls[name, where])), {})
+            args, kwargs = substitute(args, kwargs, changed)
         return func(*args, **kwargs)
 
 
-def count_call(stack: ModuleStack) -> tuple[str | None, int]:
-    """Count one call in every activation under way; the innermost module and its count."""
+def place() -> str:
+    """Where the user's code calls a function: the innermost Python function that is not ours, and the line in it."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+        frame = frame.f_back
+    return f"{frame.f_code.co_qualname}:{frame.f_lineno - frame.f_code.co_firstlineno}"
+
+
+def count_call(stack: ModuleStack, function: str) -> tuple[str | None, CallKey]:
+    """Count one call in every activation under way; the innermost module, and which of its calls this is."""
+    where = place()
     for frame in stack.frames:
-        frame.calls += 1
-    return (stack.frames[-1].path, stack.frames[-1].calls) if stack.frames else (None, 0)
+        frame.calls[function, where] += 1
+    if not stack.frames:
+        return None, CallKey(function, where, 0)
+    return stack.frames[-1].path, CallKey(function, where, stack.frames[-1].calls[function, where])
 
 
 def substitute(args: Any, kwargs: Any, changed: dict[int, tuple[Number, Number]]) -> tuple[Any, Any]:
@@ -198,7 +207,7 @@ def install(model: M, rewrites: Sequence[Rewrite]) -> M:
     if unknown:
         raise ValueError(f"the model has no module {unknown[0]!r}")
     for path, own in by_module.items():
-        rewriter = Rewriter(path, own)
+        rewriter = Rewriter(own)
         modules[path].register_forward_pre_hook(rewriter.start)
         modules[path].register_forward_hook(rewriter.stop, always_call=True)
     return model

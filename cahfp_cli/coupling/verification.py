@@ -52,11 +52,13 @@ MODES = (Mode(training=False, batch=1), Mode(training=True, batch=2))
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where a sliced model departed from the prediction: operator number `position` of trace number `trace`."""
+    """Where a sliced model departed from the prediction: operator number `position` of trace number `trace`; `raised`
+    if the model's code stopped before it or in it."""
 
     trace: int
     position: int
     problem: str
+    raised: bool = False
 
 
 class Plan:
@@ -179,8 +181,10 @@ def compare(
     """The first operator of a run that did not do as predicted."""
     ran = [(LAYOUT.get(entry.name, entry.name), entry) for entry in entries]
     ran = [(name, entry) for name, entry in ran if name]
+    planned_operations = [found for found in plan.operations if not is_whole(found[1], widths)]
+    ran = [(name, entry) for name, entry in ran if not entry.whole]
     position = 0
-    for (position, operation, planned), (name, entry) in zip(plan.operations, ran, strict=False):
+    for (position, operation, planned), (name, entry) in zip(planned_operations, ran, strict=False):
         if name != planned:
             return Mismatch(number, position, f"the sliced model ran {entry.name} instead of {operation.name}")
         predicted = tuple(widths.shape(value) for value in operation.outputs)
@@ -190,11 +194,19 @@ def compare(
             return Mismatch(number, position, f"numbers {entry.numbers} instead of {operation.numbers}")
         if entry.offset != predicted_offset(operation, widths):
             return Mismatch(number, position, "the bounds of a cut do not follow the widths")
-    if len(ran) < len(plan.operations):
-        return Mismatch(number, plan.operations[len(ran)][0], problem or "the sliced model ran fewer operators")
-    if problem is not None or len(ran) > len(plan.operations):
+    if len(ran) < len(planned_operations):
+        stopped = planned_operations[len(ran)][0]
+        return Mismatch(number, stopped, problem or "the sliced model ran fewer operators", problem is not None)
+    if problem is not None or len(ran) > len(planned_operations):
         return Mismatch(number, position, problem or "the sliced model ran more operators")
     return None
+
+
+def is_whole(operation: Operation, widths: MaskedWidths) -> bool:
+    """Whether a cut takes all of its axis in the sliced model: Python's indexing then skips the operator."""
+    if operation.offset is None:
+        return False
+    return widths.shape(operation.inputs[0]) == widths.shape(operation.outputs[0])
 
 
 def predicted_offset(operation: Operation, widths: MaskedWidths) -> tuple[int, int] | None:

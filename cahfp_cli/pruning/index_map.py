@@ -113,8 +113,9 @@ class RewriteRecord(Record):
 
     module: str
     training: bool
-    call: Count
     function: str
+    place: str
+    time: Count
     argument: Count
     old: Scalar
     new: Scalar

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cahfp_cli.coupling.analysis import cut
-from cahfp_cli.coupling.analysis import LAYOUT
 from cahfp_cli.coupling.meta_run import ContiguousProducts
+from cahfp_cli.coupling.verification import LAYOUT
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.workload import depends_on_input, make_workload
 from tests.networks import IMAGE, Network, examples, masks, networks

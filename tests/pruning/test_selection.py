@@ -13,7 +13,7 @@ from cahfp_cli.device.cost import Axis, Operator, Size, Workload, compile_worklo
 from cahfp_cli.device.quantities import Count, Share, parse_bytes, parse_limit, parse_seconds
 from cahfp_cli.errors import BudgetError, UsageError
 from cahfp_cli.pruning.budget import Budget, limits_of, values_of
-from cahfp_cli.pruning.selection import MIN_WIDTH, select
+from cahfp_cli.pruning.selection import select
 from tests.networks import examples
 
 NAMES = ("macs", "params", "storage", "memory", "latency")
@@ -50,7 +50,7 @@ def problems(draw):
 def budgets(draw, model):
     """One to three limits between the narrowest and the full network, and perhaps a share to keep."""
     full = np.array(model.workload.full_widths)
-    low, high = model.cost(np.minimum(full, MIN_WIDTH)), model.cost(full)
+    low, high = model.cost(np.minimum(full, 1)), model.cost(full)
     limits = {}
     for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True)):
         share = draw(st.floats(0, 1))
@@ -68,7 +68,7 @@ def widths_of(kept, family, model):
 
 def most(model, keep):
     full = np.array(model.workload.full_widths)
-    return np.maximum(np.floor(full * (keep or 1.0) + 0.5), MIN_WIDTH).astype(int)
+    return np.maximum(np.floor(full * (keep or 1.0) + 0.5), 1).astype(int)
 
 
 @given(data=st.data(), problem=problems())
@@ -78,7 +78,7 @@ def test_every_budget_holds_and_nothing_affordable_is_left_out(data, problem):
     budget = data.draw(budgets(model))
     found = select(significance, family, model, budget)
     widths = widths_of(found.kept, family, model)
-    assert (widths >= MIN_WIDTH).all()
+    assert (widths >= 1).all()
     assert (widths <= most(model, budget.keep)).all()
     limits = limits_of(budget, model.cost(np.array(model.workload.full_widths)))
     for name, limit in limits.by_name.items():

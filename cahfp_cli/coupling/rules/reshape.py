@@ -114,14 +114,15 @@ def restrided(couplings: Couplings, call: Call) -> Axes:
 
 @rule("expand")
 def expand(couplings: Couplings, call: Call) -> Axes:
-    """Old axes pass; repeated ones have a length that the code chose."""
+    """Old axes pass; repeated ones have a length that the code chose: new atoms, as of any tensor made from sizes."""
     x, shape = call.axes("self"), call.output.shape
     new = len(shape) - len(x)
     for labels, n in zip(x, shape[new:], strict=True):
         if len(labels) != n:
             couplings.atoms.pin(labels, "an axis of length 1 that is expanded")
-    old = [labels if len(labels) == n else fixed(n) for labels, n in zip(x, shape[new:], strict=True)]
-    return (*(fixed(n) for n in shape[:new]), *old)
+    fresh = couplings.atoms.fresh
+    old = [labels if len(labels) == n else fresh(n) for labels, n in zip(x, shape[new:], strict=True)]
+    return (*(fresh(n) for n in shape[:new]), *old)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")

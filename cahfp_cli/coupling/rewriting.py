@@ -106,7 +106,7 @@ class CallFollower(TorchFunctionMode):
                 changed = {
                     i: (old, new)
                     for i, (old, new) in enumerate(zip(numbers, wanted, strict=True))
-                    if old != new and new != -1
+                    if old != new
                 }
                 self.rewrites += [
                     Rewrite(module, self._training, *call, i, old, new) for i, (old, new) in changed.items()

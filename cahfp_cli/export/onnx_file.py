@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cahfp_cli.errors import VerificationError, first_line
 from cahfp_cli.models.outputs import logits_of
@@ -69,7 +70,8 @@ def export_onnx(
     try:
         with torch.no_grad():
             plain = isinstance(network(sample), torch.Tensor)
-        with quiet():
+        # Fused attention promises a memory layout that the exporter's own decomposition of it does not keep.
+        with quiet(), sdpa_kernel(SDPBackend.MATH):
             program = to_onnx(network if plain else Logits(network), sample)
     except Exception as error:  # the exporter raises errors of many kinds for what it cannot express
         raise VerificationError(f"the network cannot be exported to ONNX: {first_line(error)}") from error

@@ -96,7 +96,7 @@ def build(library: str, name: str) -> tuple[Any, tuple[int, ...], Any]:
     if library == "timm":
         import timm
 
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name, pretrained=False, num_classes=1000)
         return model, tuple(model.default_cfg["input_size"]), torch.float32
     import transformers
 
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="only models whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few small models, one seed")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=300, help="seconds a model")
+    parser.add_argument("--limit", type=float, default=900, help="seconds a model")
     parser.add_argument("-o", "--output", type=Path, help="write the table there, as Markdown")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@ place is pinned and the groups are solved again.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,12 +17,13 @@ from torch import nn
 from cahfp_cli.coupling import rules
 from cahfp_cli.coupling.atoms import Atoms, Labels, varies
 from cahfp_cli.coupling.groups import ChannelGroups, solve
-from cahfp_cli.coupling.registry import Axes, Consumption, Couplings
-from cahfp_cli.coupling.rewriting import install
+from cahfp_cli.coupling.meta_run import Subject
+from cahfp_cli.coupling.registry import Axes, Couplings
 from cahfp_cli.coupling.rewrites import Rewrite
+from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import slice_module, to_meta
 from cahfp_cli.coupling.trace import Trace, labels_of_parameters, run
-from cahfp_cli.coupling.verification import MODES, Mismatch, Mode, Plan, Verified, sample_for, verify
+from cahfp_cli.coupling.verification import MODES, Mismatch, Mode, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
 
 assert rules.__all__  # importing the package fills the registry
@@ -67,62 +68,79 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
         InputError: the model does not run on such an input.
     """
     try:
-        return analyse_on(to_meta(model), input_shape, dtype, on_meta=True)
+        return analyse_subject(Subject(to_meta(model), input_shape, dtype, on_meta=True))
     except InputError:
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             raise
-    return analyse_on(copy.deepcopy(model), input_shape, dtype, on_meta=False)  # it reads values, or has no meta kernels
+    # The code reads values, or an operator has no shape function: then it runs on the real tensors.
+    return analyse_subject(Subject(copy.deepcopy(model), input_shape, dtype, on_meta=False))
 
 
-def analyse_on(subject: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, on_meta: bool) -> Analysis:
-    """As `analyse`, on a copy of the model that may be run; with meta tensors or real ones."""
+def analyse_subject(subject: Subject) -> Analysis:
+    """As `analyse`."""
     choices: dict[tuple[int, ...], int] = {}
-    while (analysis := attempt(subject, input_shape, dtype, choices, on_meta)) is None:
+    while (analysis := attempt(subject, choices)) is None:
         pass
     return analysis
 
 
-def attempt(
-    subject: nn.Module,
-    input_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    choices: dict[tuple[int, ...], int],
-    on_meta: bool,
-) -> Analysis | None:
+def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis | None:
     """Trace, solve, and pin what slicing shows to be fixed; None if a split chose the wrong axis: then trace again."""
     couplings = Couplings(Atoms(), split_choice=choices)
-    labels = labels_of_parameters(subject, couplings)
-    evaluation = trace(subject, input_shape, dtype, MODES[0], couplings, labels, on_meta)
+    labels = labels_of_parameters(subject.model, couplings)
+    evaluation = trace(subject, MODES[0], couplings, labels)
     consumptions = tuple(couplings.consumptions)  # those of training alone (auxiliary heads) do not count for the loss
-    traces = (evaluation, trace(subject, input_shape, dtype, MODES[1], couplings, labels, on_meta))
+    traces = (evaluation, trace(subject, MODES[1], couplings, labels))
     if revise_choices(couplings):
         return None
-    prunable = {name: axes for name, axes in labels.items() if name in subject.state_dict()}
+    saved = subject.model.state_dict().keys()
+    tensors = {name: axes for name, axes in labels.items() if name in saved}
+    buffers = {name: axes for name, axes in labels.items() if name not in saved}
     rng = np.random.default_rng(0)
-    groups, group_of_atom = solve(couplings.atoms, prunable, consumptions)
+    groups, group_of_atom = solve(couplings.atoms, tensors, buffers, consumptions)
     for _ in range(MAX_REPAIRS):
-        plans = [Plan(one, group_of_atom) for one in traces]
-        rewrites: list[Rewrite] = []
-
-        def mismatch_of(kept: NDArray[np.bool_]) -> Mismatch | None:
-            verified = verify(subject, groups.indices(kept), plans, kept, input_shape, dtype, on_meta)
-            rewrites.extend(verified.rewrites)
-            return verified.mismatch
-
-        for narrowest in floors(groups):
-            mismatch = mismatch_of(probe(groups, narrowest, 0.0, rng))
-            if mismatch is None:
-                break
-        for _ in range(RANDOM_PROBES):
-            mismatch = mismatch or mismatch_of(probe(groups, narrowest, 1.0, rng))
-        if mismatch is None:
-            sites = tuple(dict.fromkeys(f"{rewrite.module}: {rewrite.function}" for rewrite in rewrites))
-            groups = replace(groups, narrowest=narrowest)
-            return Analysis(groups, traces, group_of_atom, input_shape, dtype, sites, on_meta)
-        if revise_choice_at(couplings, traces, mismatch):
+        proof = prove(subject, [Plan(one, group_of_atom) for one in traces], groups, rng)
+        if proof.mismatch is None:
+            groups = replace(groups, narrowest=proof.narrowest)
+            sites = dict.fromkeys(f"{rewrite.module}: {rewrite.function}" for rewrite in proof.rewrites)
+            return Analysis(
+                groups, traces, group_of_atom, subject.input_shape, subject.dtype, tuple(sites), subject.on_meta
+            )
+        if revise_choice_at(couplings, traces, proof.mismatch):
             return None
-        groups, group_of_atom = pin_mismatch(couplings, traces, mismatch, groups, prunable, consumptions)
+        before = groups.count
+        for _ in pins(couplings, traces, proof.mismatch):
+            groups, group_of_atom = solve(couplings.atoms, tensors, buffers, consumptions)
+            if groups.count < before:
+                break
+        else:
+            raise InputError(f"the model does not run twice in the same way: {proof.mismatch.problem}")
     raise InputError(f"the model's widths are fixed in more than {MAX_REPAIRS} places of its code")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What slices of some widths showed: the first mismatch if there was one; else the narrowest widths that ran, and
+    the rewrites that were needed."""
+
+    mismatch: Mismatch | None
+    narrowest: Labels
+    rewrites: tuple[Rewrite, ...]
+
+
+def prove(subject: Subject, plans: Sequence[Plan], groups: ChannelGroups, rng: np.random.Generator) -> Proof:
+    """Slice at the narrowest widths that run as traced, and at random ones."""
+    for narrowest in floors(groups):
+        first = verify(subject, plans, groups, probe(groups, narrowest, 0.0, rng))
+        if first.mismatch is None:
+            break
+    rewrites = first.rewrites
+    for _ in range(RANDOM_PROBES if first.mismatch is None else 0):
+        found = verify(subject, plans, groups, probe(groups, narrowest, 1.0, rng))
+        rewrites += found.rewrites
+        if found.mismatch is not None:
+            return Proof(found.mismatch, narrowest, ())
+    return Proof(first.mismatch, narrowest, rewrites)
 
 
 def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[Rewrite, ...]:
@@ -130,22 +148,20 @@ def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -
 
     Raises: VerificationError: an operator of the sliced model does not do what was planned.
     """
-    subject = to_meta(model) if analysis.on_meta else copy.deepcopy(model)
+    own = to_meta(model) if analysis.on_meta else copy.deepcopy(model)
+    subject = Subject(own, analysis.input_shape, analysis.dtype, analysis.on_meta)
     plans = [Plan(one, analysis.group_of_atom) for one in analysis.traces]
-    indices = analysis.groups.indices(kept)
 
-    def verified(rewrites: tuple[Rewrite, ...] | None) -> Verified:
-        found = verify(
-            subject, indices, plans, kept, analysis.input_shape, analysis.dtype, analysis.on_meta, rewrites
-        )
+    def verified(rewrites: tuple[Rewrite, ...] | None) -> tuple[Rewrite, ...]:
+        found = verify(subject, plans, analysis.groups, kept, rewrites)
         if found.mismatch is not None:
             operator = analysis.traces[found.mismatch.trace].operations[found.mismatch.position].name
             raise VerificationError(
                 f"the sliced model differs from its plan at operator {operator}: {found.mismatch.problem}"
             )
-        return found
+        return found.rewrites
 
-    rewrites = verified(None).rewrites
+    rewrites = verified(None)
     if rewrites:
         verified(rewrites)
     return rewrites
@@ -160,22 +176,13 @@ def cut(model: M, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[M, tuple
     return install(slice_module(model, analysis.groups.indices(kept)), rewrites).eval(), rewrites
 
 
-def trace(
-    subject: nn.Module,
-    input_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    mode: Mode,
-    couplings: Couplings,
-    labels: Mapping[str, Axes],
-    on_meta: bool,
-) -> Trace:
-    """One run on a fresh copy (models may change their own state on the first forward)."""
-    sample = sample_for(mode, input_shape, dtype, on_meta)
-    fresh = to_meta(subject) if on_meta else copy.deepcopy(subject)
+def trace(subject: Subject, mode: Mode, couplings: Couplings, labels: Mapping[str, Axes]) -> Trace:
+    """One run on a fresh copy. Raises: InputError: the model does not run."""
+    sample = subject.sample(mode.batch)
     try:
-        return run(fresh, (sample,), training=mode.training, couplings=couplings, labels=labels)
+        return run(subject.fresh(), (sample,), training=mode.training, couplings=couplings, labels=labels)
     except Exception as error:  # whatever the user's own forward raises
-        shape = "x".join(map(str, input_shape))
+        shape = "x".join(map(str, subject.input_shape))
         raise InputError(
             f"the model does not run on an input of shape {shape}: {first_line(error)}\n"
             "Check --input-shape and --model-arg."
@@ -229,31 +236,18 @@ def probe(groups: ChannelGroups, narrowest: Labels, spread: float, rng: np.rando
     return kept
 
 
-def pin_mismatch(
-    couplings: Couplings,
-    traces: Sequence[Trace],
-    mismatch: Mismatch,
-    groups: ChannelGroups,
-    prunable: Mapping[str, Axes],
-    consumptions: Sequence[Consumption],
-) -> tuple[ChannelGroups, Labels]:
-    """Fail closed: nothing that the operator reads or writes is pruned, there and wherever the same code runs.
-
-    If all of that was pinned already, what went wrong began earlier: the operators before it are pinned one by one.
-    Raises: InputError: nothing is left to pin.
-    """
+def pins(couplings: Couplings, traces: Sequence[Trace], mismatch: Mismatch) -> Iterator[None]:
+    """Fail closed: pin what the operator reads and writes, there and wherever the same code runs; then, step by step
+    as long as the caller asks, what the operators before it do."""
     expected = traces[mismatch.trace]
-    operations = expected.operations
     for position in range(mismatch.position, -1, -1):
-        culprit = operations[position]
+        culprit = expected.operations[position]
         stopped = mismatch.raised and position == mismatch.position  # the code did not like what it was about to read
-        for operation in operations:
-            if (operation.site, operation.name) == (culprit.site, culprit.name):
-                read = [v for v in operation.inputs if not stopped or expected.values[v].parameter is None]
-                for value in read if stopped else (*read, *operation.outputs):
-                    for labels in expected.values[value].axes:
-                        couplings.atoms.pin(labels, f"the model's code fixes a width at operator {operation.name}")
-        pinned, group_of_atom = solve(couplings.atoms, prunable, consumptions)
-        if pinned.count < groups.count:
-            return pinned, group_of_atom
-    raise InputError(f"the model does not run twice in the same way: {mismatch.problem}")
+        for operation in expected.operations:
+            if (operation.site, operation.name) != (culprit.site, culprit.name):
+                continue
+            read = [v for v in operation.inputs if not stopped or expected.values[v].parameter is None]
+            for value in read if stopped else (*read, *operation.outputs):
+                for labels in expected.values[value].axes:
+                    couplings.atoms.pin(labels, f"the model's code fixes a width at operator {operation.name}")
+        yield

@@ -43,12 +43,23 @@ class Atoms:
     pairs: list[tuple[Labels, Labels]] = field(default_factory=list)
     pins: list[Remark] = field(default_factory=list)
     not_mask_equivalent: list[Remark] = field(default_factory=list)
+    sized: set[int] = field(default_factory=set)
 
     def fresh(self, length: int) -> Labels:
         """New atoms, tied to nothing yet."""
         first = self.count
         self.count += length
         return np.arange(first, self.count, dtype=np.int64)
+
+    def fresh_for_size(self, length: int) -> Labels:
+        """New atoms for an axis whose length the model's code chose: it may be that of something prunable, or not."""
+        labels = self.fresh(length)
+        self.sized.update(labels[:1].tolist())
+        return labels
+
+    def is_sized(self, labels: Labels) -> bool:
+        """Whether an axis is one of those, as it was made."""
+        return len(labels) > 0 and int(labels[0]) in self.sized
 
     def tie(self, a: Labels, b: Labels) -> None:
         """Index i of `a` and index i of `b` are kept or removed together; shapes are equal or `b` has one atom."""

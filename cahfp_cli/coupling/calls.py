@@ -72,7 +72,12 @@ def map_numbers(value: Any, change: Callable[[Any], Any]) -> Any:
 def numbers_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Number]:
     """Every number among the arguments, in the order of `map_numbers`."""
     found: list[Number] = []
-    map_numbers((tuple(args), dict(kwargs)), lambda number: found.append(number) or number)
+
+    def note(number: Any) -> Any:
+        found.append(number)
+        return number
+
+    map_numbers((tuple(args), dict(kwargs)), note)
     return found
 
 

@@ -35,6 +35,7 @@ class ChannelGroups:
 
     labels: for each tensor of the state dict, per axis an int64 array (axis length,) with the group of each index,
         or KEPT.
+    unsaved: the same for buffers that the state dict leaves out and that lose entries; the model's code makes them.
     family: int64 (groups,): groups of one family cover the same axes of the same tensors and are interchangeable,
         as the channels of one layer are; families are what has a width.
     names: one name a family, that of the first tensor it covers.
@@ -47,6 +48,7 @@ class ChannelGroups:
     """
 
     labels: Mapping[str, tuple[Labels, ...]]
+    unsaved: Mapping[str, tuple[Labels, ...]]
     family: Labels
     names: tuple[str, ...]
     consumers: tuple[Consumer, ...]
@@ -71,7 +73,10 @@ class ChannelGroups:
             survives = alive[labels]
             return None if survives.all() else np.flatnonzero(survives).astype(np.int32)
 
-        return {name: tuple(axis_indices(labels) for labels in axes) for name, axes in self.labels.items()}
+        return {
+            name: tuple(axis_indices(labels) for labels in axes)
+            for name, axes in {**self.labels, **self.unsaved}.items()
+        }
 
     def sizes(self) -> Labels:
         """Elements that belong to each group, int64 (groups,); one that two groups share counts for both."""
@@ -84,13 +89,14 @@ class ChannelGroups:
 
 
 def solve(
-    atoms: Atoms, tensors: Mapping[str, Axes], consumptions: Sequence[Consumption]
+    atoms: Atoms, tensors: Mapping[str, Axes], buffers: Mapping[str, Axes], consumptions: Sequence[Consumption]
 ) -> tuple[ChannelGroups, Labels]:
     """Turn ties into groups.
 
     Args:
         atoms: with all ties, pins and remarks of the traces.
         tensors: labels of the tensors that can be pruned, by state-dict name, in the order that numbers the groups.
+        buffers: labels of those that the state dict leaves out.
         consumptions: of the trace in evaluation mode.
     Returns:
         The groups, and for each atom its group or KEPT, int64 (atoms,), for labels of anything else in the traces.
@@ -105,10 +111,12 @@ def solve(
     group_of_atom = group_of_component[component]
 
     labels = {name: tuple(group_of_atom[a] for a in axes) for name, axes in tensors.items()}
+    unsaved = {name: tuple(group_of_atom[a] for a in axes) for name, axes in buffers.items()}
     family, names = families(labels, len(order))
     return (
         ChannelGroups(
             labels=labels,
+            unsaved={name: axes for name, axes in unsaved.items() if any((a != KEPT).any() for a in axes)},
             family=family,
             names=names,
             narrowest=np.ones(len(names), dtype=np.int64),

@@ -1,7 +1,9 @@
 """Running a model on meta tensors, which carry shapes and no data: one forward pass under a mode that watches it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,29 @@ PRODUCTS = frozenset(
 )
 
 
-class EagerMode(TorchDispatchMode):
+@dataclass(frozen=True)
+class Subject:
+    """A network that may be run as often as needed: its model, which is left as it is, the shape and dtype of one
+    sample, and whether its tensors are on the meta device, as they are unless it reads values."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_meta: bool
+
+    def fresh(self) -> nn.Module:
+        """A copy to run: models may change their own state on the first forward."""
+        return copy.deepcopy(self.model)
+
+    def sample(self, batch: int) -> torch.Tensor:
+        """A batch of inputs; with values 0.5, or token 1, so that every run sees the same."""
+        shape = (batch, *self.input_shape)
+        if self.on_meta:
+            return torch.empty(shape, device="meta", dtype=self.dtype)
+        return torch.full(shape, 0.5 if self.dtype.is_floating_point else 1, dtype=self.dtype)
+
+
+class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that does not import the compiler, seconds of work, only to keep it out."""
 
     @classmethod
@@ -71,7 +95,8 @@ def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if name == "addmm" and args[1].shape[1] == args[2].shape[0] and alike(args[1], args[2]):
             return x.new_empty(args[1].shape[0], args[2].shape[1])
         if name in ARITHMETIC and len(args) > 1 and isinstance(args[1], torch.Tensor) and alike(x, args[1]):
-            return x.new_empty(torch.broadcast_shapes(x.shape, args[1].shape))
+            shape = torch.broadcast_shapes(x.shape, args[1].shape)  # type: ignore[no-untyped-call]
+            return x.new_empty(shape)
     return func(*args, **kwargs)
 
 

@@ -32,11 +32,11 @@ class Logged:
     whole: bool
 
 
-class OperatorLog(EagerMode):
+class OperatorLog(EagerMode):  # type: ignore[no-untyped-call]
     """The operators of a run, in order; those that return no tensor are left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entries: list[Logged] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from cahfp_cli.coupling.calls import (
     CONTRACTING,
-    NUMBERS,
     WANTED,
     CallKey,
     CallRecord,
@@ -104,9 +103,7 @@ class CallFollower(TorchFunctionMode):
             elif module is not None and len(numbers) == len(record.numbers):
                 wanted = WANTED[name](self._widths, record, args, kwargs)
                 changed = {
-                    i: (old, new)
-                    for i, (old, new) in enumerate(zip(numbers, wanted, strict=True))
-                    if old != new
+                    i: (old, new) for i, (old, new) in enumerate(zip(numbers, wanted, strict=True)) if old != new
                 }
                 self.rewrites += [
                     Rewrite(module, self._training, *call, i, old, new) for i, (old, new) in changed.items()
@@ -131,10 +128,10 @@ class Rewriter(TorchFunctionMode):
     def start(self, module: nn.Module, inputs: Any) -> None:
         self._training = module.training
         self._calls.clear()
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -179,7 +176,8 @@ def substitute(args: Any, kwargs: Any, changed: dict[int, tuple[Number, Number]]
         old, new = changed[position]
         return scaled(number, old, new)
 
-    return map_numbers((tuple(args), dict(kwargs)), change)
+    new_args, new_kwargs = map_numbers((tuple(args), dict(kwargs)), change)
+    return new_args, new_kwargs
 
 
 def scaled(number: Any, old: Number, new: Number) -> Any:
@@ -189,7 +187,7 @@ def scaled(number: Any, old: Number, new: Number) -> Any:
     """
     if number == old:
         return new
-    if isinstance(old, int) and old > 0 and isinstance(number, NUMBERS) and number % old == 0:
+    if isinstance(old, int) and old > 0 and isinstance(number, int | torch.SymInt) and number % old == 0:
         return number // old * new
     raise RuntimeError(f"the model's code uses the number {number} where it used {old} when the submodel was cut")
 

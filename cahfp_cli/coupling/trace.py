@@ -21,6 +21,7 @@ from cahfp_cli.coupling.rewriting import CallRecorder
 from cahfp_cli.coupling.rules.pointwise import is_pointwise, pointwise
 from cahfp_cli.coupling.slicing import tensors_of
 
+
 @dataclass(frozen=True)
 class Value:
     """A tensor of the trace: its labels, bytes an element, the value whose memory it shares, its parameter if any."""
@@ -125,9 +126,7 @@ class Tracer(EagerMode):
         name = func.overloadpacket.__name__
         used, offset = numbers_used(func, bound), offset_of(func, bound)
         site = self.stack.site()
-        self.operations.append(
-            Operation(name, tuple(read), tuple(numbers), shapes, constants, used, offset, site)
-        )
+        self.operations.append(Operation(name, tuple(read), tuple(numbers), shapes, constants, used, offset, site))
         return output
 
     def label(self, call: Call) -> Result:
@@ -202,13 +201,12 @@ def run(
 
 
 def labels_of_parameters(model: nn.Module, couplings: Couplings) -> dict[str, Axes]:
-    """Fresh labels for every parameter and buffer; tied tensors share theirs, non-persistent buffers are pinned."""
+    """Fresh labels for every parameter and buffer of real numbers; tied tensors share theirs, others are pinned."""
     labels: dict[str, Axes] = {}
     by_identity: dict[int, Axes] = {}
-    saved = model.state_dict(keep_vars=True)
     for name, tensor in tensors_of(model).items():
         if id(tensor) not in by_identity:
-            prunable = name in saved and tensor.is_floating_point()
+            prunable = tensor.is_floating_point() and tensor.layout == torch.strided
             by_identity[id(tensor)] = tuple(couplings.atoms.fresh(n) if prunable else fixed(n) for n in tensor.shape)
         labels[name] = by_identity[id(tensor)]
     return labels

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from cahfp_cli.coupling.atoms import Labels, varies
-from cahfp_cli.coupling.meta_run import forward
+from cahfp_cli.coupling.groups import ChannelGroups
+from cahfp_cli.coupling.meta_run import Subject, forward
 from cahfp_cli.coupling.module_stack import ModuleStack
 from cahfp_cli.coupling.operator_log import Logged, OperatorLog
-from cahfp_cli.coupling.rewriting import CallFollower, install
 from cahfp_cli.coupling.rewrites import Rewrite
-from cahfp_cli.coupling.slicing import Indices, slice_module, to_meta
+from cahfp_cli.coupling.rewriting import CallFollower, install
+from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.errors import first_line
 
@@ -126,23 +125,19 @@ class Verified:
 
 
 def verify(
-    subject: nn.Module,
-    indices: Indices,
+    subject: Subject,
     plans: Sequence[Plan],
+    groups: ChannelGroups,
     kept: Mask,
-    input_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    on_meta: bool,
     rewrites: tuple[Rewrite, ...] | None = None,
 ) -> Verified:
     """Slice, run in both modes, compare operator by operator.
 
     Args:
-        subject: the full model; on meta, unless it only runs on real tensors.
-        plans: of its traces in `MODES`.
+        plans: of the subject's traces in `MODES`.
         rewrites: what to put in place; None finds out what is needed on the way.
     """
-    sliced = slice_module(subject, indices)
+    sliced = slice_module(subject.model, groups.indices(kept))
     found: list[Rewrite] = []
     for number, (plan, mode) in enumerate(zip(plans, MODES, strict=True)):
         widths = plan.widths(kept)
@@ -152,10 +147,9 @@ def verify(
         stack = ModuleStack(compact)
         follower = CallFollower(stack, plan.trace.calls, widths, mode.training)
         log = OperatorLog()
-        sample = sample_for(mode, input_shape, dtype, on_meta)
         problem = None
         try:
-            forward(compact, (sample,), mode.training, stack, follower, log)
+            forward(compact, (subject.sample(mode.batch),), mode.training, stack, follower, log)
         except Exception as error:  # whatever the user's own forward raises on a width it does not expect
             problem = first_line(error)
         if rewrites is not None and follower.rewrites:
@@ -166,13 +160,6 @@ def verify(
             return Verified(mismatch, ())
         found += follower.rewrites
     return Verified(None, tuple(found))
-
-
-def sample_for(mode: Mode, input_shape: tuple[int, ...], dtype: torch.dtype, on_meta: bool) -> torch.Tensor:
-    """A batch of inputs; on real tensors 0.5, or token 1, so that every run sees the same."""
-    if on_meta:
-        return torch.empty((mode.batch, *input_shape), device="meta", dtype=dtype)
-    return torch.full((mode.batch, *input_shape), 0.5 if dtype.is_floating_point else 1, dtype=dtype)
 
 
 def compare(

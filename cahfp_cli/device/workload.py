@@ -7,8 +7,8 @@ import numpy as np
 from cahfp_cli.coupling.analysis import Analysis
 from cahfp_cli.coupling.atoms import Labels
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
-from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
+from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
 from cahfp_cli.device.cost import Axis, Kind, Operator, Size, Workload
 

@@ -5,7 +5,7 @@ Pure data: using a map needs no model code and no torch. In the file each distin
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,11 +40,7 @@ class TensorMap:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {shown(self.dtype)} is none of {', '.join(DTYPES)}.")
-        if len(self.axes) != len(self.shape):
-            raise InputError(f"it has {len(self.axes)} axes, but the global tensor has {len(self.shape)}.")
-        for axis, (indices, length) in enumerate(zip(self.axes, self.shape, strict=True)):
-            if indices is not None:
-                _check_indices(indices, length, axis)
+        _check_axes(self.shape, self.axes)
 
     @property
     def submodel_shape(self) -> tuple[int, ...]:
@@ -53,12 +49,27 @@ class TensorMap:
 
 
 @dataclass(frozen=True, eq=False)
+class BufferMap:
+    """As `TensorMap`, of a buffer that the model's code makes and no checkpoint holds."""
+
+    shape: tuple[int, ...]
+    axes: tuple[Indices | None, ...]
+
+    def __post_init__(self) -> None:
+        _check_axes(self.shape, self.axes)
+
+
+@dataclass(frozen=True, eq=False)
 class IndexMap:
-    """All tensors of a submodel. `checkpoint` is the content digest of the global checkpoint that it belongs to;
-    `rewrites` are the numbers in the model's code that its widths change."""
+    """All tensors of a submodel, and what else of the model's code its widths change.
+
+    checkpoint: the content digest of the global checkpoint that it belongs to.
+    buffers: those that no checkpoint holds and that lose entries. rewrites: numbers in the code.
+    """
 
     checkpoint: str
     tensors: dict[str, TensorMap]
+    buffers: Mapping[str, BufferMap] = field(default_factory=dict)
     rewrites: tuple[Rewrite, ...] = ()
 
 
@@ -96,12 +107,23 @@ def selector(axes: tuple[NDArray[np.integer] | None, ...], shape: tuple[int, ...
     return (*(slice(None) for _ in range(chosen[0])), *grids)
 
 
+Shape = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_AXES)]
+AxisNumbers = Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(max_length=MAX_AXES)]
+
+
 class TensorRecord(Record):
     """A tensor in the table: each entry of `axes` is the number of an index array, or null for a whole axis."""
 
-    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_AXES)]
+    shape: Shape
     dtype: str
-    axes: Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(max_length=MAX_AXES)]
+    axes: AxisNumbers
+
+
+class BufferRecord(Record):
+    """A buffer in the table."""
+
+    shape: Shape
+    axes: AxisNumbers
 
 
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -127,6 +149,7 @@ class IndexMapMetadata(Record):
     format: Literal["cahfp.index_map/1"] = "cahfp.index_map/1"
     checkpoint: Digest
     tensors: dict[str, TensorRecord]
+    buffers: dict[str, BufferRecord] = Field(default_factory=dict)
     rewrites: tuple[RewriteRecord, ...] = ()
     provenance: Provenance
 
@@ -147,9 +170,14 @@ def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> 
         name: TensorRecord(shape=entry.shape, dtype=entry.dtype, axes=tuple(map(number, entry.axes)))
         for name, entry in sorted(index_map.tensors.items())
     }
+    buffers = {
+        name: BufferRecord(shape=entry.shape, axes=tuple(map(number, entry.axes)))
+        for name, entry in sorted(index_map.buffers.items())
+    }
     record = IndexMapMetadata(
         checkpoint=index_map.checkpoint,
         tensors=table,
+        buffers=buffers,
         rewrites=tuple(RewriteRecord(**asdict(rewrite)) for rewrite in index_map.rewrites),
         provenance=provenance,
     )
@@ -165,9 +193,11 @@ def read_index_map(path: Path) -> IndexMap:
     with open_safetensors(path) as file:
         record = read_metadata(file, IndexMapMetadata)
         arrays = _read_arrays(file)
-    tensors = {}
+    tensors: dict[str, TensorMap] = {}
+    buffers: dict[str, BufferMap] = {}
     used: set[int] = set()
-    for name, entry in record.tensors.items():
+    entries: list[tuple[str, TensorRecord | BufferRecord]] = [*record.tensors.items(), *record.buffers.items()]
+    for name, entry in entries:
         numbers = [number for number in entry.axes if number is not None]
         for number in numbers:
             if number not in arrays:
@@ -175,7 +205,10 @@ def read_index_map(path: Path) -> IndexMap:
         used.update(numbers)
         axes = tuple(None if number is None else arrays[number] for number in entry.axes)
         try:
-            tensors[name] = TensorMap(entry.shape, entry.dtype, axes)
+            if isinstance(entry, TensorRecord):
+                tensors[name] = TensorMap(entry.shape, entry.dtype, axes)
+            else:
+                buffers[name] = BufferMap(entry.shape, axes)
         except InputError as error:
             raise InputError(
                 f"{path}: tensor {shown(name)}: {error}\nThe map is damaged or belongs to another "
@@ -184,7 +217,7 @@ def read_index_map(path: Path) -> IndexMap:
     if used != arrays.keys():
         raise InputError(f"{path}: 'index.{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
     rewrites = tuple(Rewrite(**rewrite.model_dump()) for rewrite in record.rewrites)
-    return IndexMap(record.checkpoint, tensors, rewrites)
+    return IndexMap(record.checkpoint, tensors, buffers, rewrites)
 
 
 def check_against(index_map: IndexMap, file: SafetensorsFile) -> None:
@@ -230,6 +263,14 @@ def _read_arrays(file: SafetensorsFile) -> Mapping[int, Indices]:
             )
         arrays[names[name]] = file.read(name)
     return arrays
+
+
+def _check_axes(shape: tuple[int, ...], axes: tuple[Indices | None, ...]) -> None:
+    if len(axes) != len(shape):
+        raise InputError(f"it has {len(axes)} axes, but the global tensor has {len(shape)}.")
+    for axis, (indices, length) in enumerate(zip(axes, shape, strict=True)):
+        if indices is not None:
+            _check_indices(indices, length, axis)
 
 
 def _check_indices(indices: Indices, length: int, axis: int) -> None:

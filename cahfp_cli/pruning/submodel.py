@@ -28,7 +28,7 @@ from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_ar
 from cahfp_cli.models.spec import build, resolve_spec
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, REPORT, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
+from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.report import write_report
 
 Mask = NDArray[np.bool_]
@@ -63,6 +63,10 @@ def make_index_map(
     return IndexMap(
         checkpoint,
         {name: TensorMap(array.shape, dtype_code(array.dtype), indices[name]) for name, array in arrays.items()},
+        {
+            name: BufferMap(tuple(len(labels) for labels in axes), indices[name])
+            for name, axes in groups.unsaved.items()
+        },
         rewrites,
     )
 
@@ -150,7 +154,8 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     spec = resolve_spec(model, {} if model is None else metadata.model.args, metadata.model, folder / TENSORS)
     network = adapt(build(spec, metadata.input_shape, metadata.classes))
     check_map_fits(folder / INDEX_MAP, index_map, network)
-    compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()})
+    buffers = {name: entry.axes for name, entry in index_map.buffers.items()}
+    compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()} | buffers)
     install_checked(folder / INDEX_MAP, compact, network, index_map.rewrites, metadata.input_shape)
     check_tensors(folder / TENSORS, tensors, compact)
     check_finite(folder / TENSORS, tensors)
@@ -181,17 +186,23 @@ def install_checked(
 
 
 def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:
-    """Raise InputError unless the map has the network's tensors and shapes; one name of tied ones will do."""
+    """Raise InputError unless the map has the network's tensors and shapes; one name of tied ones will do. Buffers that
+    the network does not save are in the map only where they lose entries."""
     expected = network.state_dict(keep_vars=True)
     mapped = {id(expected[name]) for name in index_map.tensors if name in expected}
     missing = [name for name, tensor in expected.items() if name not in index_map.tensors and id(tensor) not in mapped]
     for name in (*missing, *sorted(index_map.tensors.keys() - expected.keys())):
         raise InputError(f"{path}: {name!r} is in the map or in the network, but not in both: check --model.")
-    for name, entry in index_map.tensors.items():
-        shape = tuple(expected[name].shape)
-        if entry.shape != shape:
+    unsaved = {name: buffer for name, buffer in network.named_buffers() if name not in expected}
+    for name in sorted(index_map.buffers.keys() - unsaved.keys()):
+        raise InputError(f"{path}: the network makes no buffer {name!r}: check --model.")
+    mapped_shapes = {name: entry.shape for name, entry in index_map.tensors.items()}
+    mapped_shapes |= {name: entry.shape for name, entry in index_map.buffers.items()}
+    for name, mapped_shape in mapped_shapes.items():
+        shape = tuple((expected if name in expected else unsaved)[name].shape)
+        if mapped_shape != shape:
             raise InputError(
-                f"{path}: {name!r} has shape {entry.shape} in the map and {shape} in the network: check --model."
+                f"{path}: {name!r} has shape {mapped_shape} in the map and {shape} in the network: check --model."
             )
 
 

@@ -63,7 +63,9 @@ class ConsumerInputs(TorchFunctionMode):
             if consumer is not None:
                 x, axis = channels_read(func, args, kwargs), CONTRACTING[func][1]
                 if x.shape[axis] != len(consumer.groups):
-                    raise InputError(f"gates of {consumer.tensor} cannot be measured: the model runs in another way now")
+                    raise InputError(
+                        f"gates of {consumer.tensor} cannot be measured: the model runs in another way now"
+                    )
                 watched = self.watch(consumer, x, axis)
                 args = tuple(watched if value is x else value for value in args)
                 kwargs = {name: watched if value is x else value for name, value in kwargs.items()}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cahfp_cli.coupling.atoms import fixed
+from cahfp_cli.coupling.atoms import Labels, fixed
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 
 
@@ -50,4 +50,13 @@ def convolution(couplings: Couplings, call: Call) -> Axes:
         couplings.consume(channels_in, parameter, per_group)
     if bias is not None:
         atoms.tie(bias[0], out_axis)
-    return (x[0], out_axis, *(fixed(n) for n in call.output.shape[2:]))
+    return (x[0], out_axis, *(space_of(couplings, call, i) for i in range(len(x) - 2)))
+
+
+def space_of(couplings: Couplings, call: Call, i: int) -> Labels:
+    """Axis i of space: it passes where each output reads the input at the same place alone."""
+    labels, kernel = call.axes("input")[2 + i], call["weight"].shape[2 + i]
+    if kernel == 1 and (call["stride"][i], call["padding"][i], call["output_padding"][i]) == (1, 0, 0):
+        return labels
+    couplings.atoms.pin(labels, "an axis that a convolution mixes")
+    return fixed(call.output.shape[2 + i])

@@ -7,7 +7,7 @@ from cahfp_cli.coupling.registry import Axes, Call, Couplings, Result, fixed_lik
 @rule("new_zeros", "new_ones", "new_empty", "new_full", "empty_strided", "new_empty_strided")
 def create(couplings: Couplings, call: Call) -> Axes:
     """Every axis gets new atoms."""
-    return tuple(couplings.atoms.fresh(n) for n in call.output.shape)
+    return tuple(couplings.atoms.fresh_for_size(n) for n in call.output.shape)
 
 
 @rule("arange", "linspace", "logspace", "randperm", "tril_indices", "triu_indices")

@@ -37,26 +37,30 @@ def stack(couplings: Couplings, call: Call) -> Axes:
     return (*parts[0][:axis], fixed(len(parts)), *parts[0][axis:])
 
 
+@rule("split_with_sizes", "unsafe_split_with_sizes")
+def split_by_sizes(couplings: Couplings, call: Call) -> list[Axes | None]:
+    """Cuts the labels; the op-log check sees whether the sizes follow."""
+    return [replaced(call.axes("self"), call["dim"], labels) for labels in cut_into(call)]
+
+
 @rule("split", "unsafe_split")
 def split(couplings: Couplings, call: Call) -> list[Axes | None]:
     """Cuts the labels into parts of one size, tied index by index so that they stay equal (a shorter last part cannot
     follow, so the axis is pinned)."""
-    parts = split_by_sizes(couplings, call)
-    axis = call["dim"]
+    parts = cut_into(call)
     for part in parts[1:]:
-        if len(part[axis]) == len(parts[0][axis]):
-            couplings.atoms.tie(parts[0][axis], part[axis])
+        if len(part) == len(parts[0]):
+            couplings.atoms.tie(parts[0], part)
         else:
-            couplings.atoms.pin(call.axes("self")[axis], "split into parts of unequal lengths")
-    return list(parts)
+            couplings.atoms.pin(call.axes("self")[call["dim"]], "split into parts of unequal lengths")
+    return [replaced(call.axes("self"), call["dim"], labels) for labels in parts]
 
 
-@rule("split_with_sizes", "unsafe_split_with_sizes")
-def split_by_sizes(couplings: Couplings, call: Call) -> list[Axes]:
-    """Cuts the labels; the op-log check sees whether the sizes follow."""
-    x, axis = call.axes("self"), call["dim"]
+def cut_into(call: Call) -> list[Labels]:
+    """Labels of each part along the axis of a split."""
+    axis = call["dim"]
     ends = np.cumsum([part.shape[axis] for part in call.output])[:-1]
-    return [replaced(x, axis, labels) for labels in np.split(x[axis], ends)]
+    return list(np.split(call.axes("self")[axis], ends))
 
 
 @rule("glu")

@@ -120,7 +120,7 @@ def expand(couplings: Couplings, call: Call) -> Axes:
     for labels, n in zip(x, shape[new:], strict=True):
         if len(labels) != n:
             couplings.atoms.pin(labels, "an axis of length 1 that is expanded")
-    fresh = couplings.atoms.fresh
+    fresh = couplings.atoms.fresh_for_size
     old = [labels if len(labels) == n else fresh(n) for labels, n in zip(x, shape[new:], strict=True)]
     return (*(fresh(n) for n in shape[:new]), *old)
 
@@ -155,9 +155,11 @@ def blocks(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[li
 
 
 def merge(couplings: Couplings, axes: list[Labels]) -> Labels:
-    """Labels of several axes flattened into one: at most one of them may vary, the outermost that does."""
-    varying = next((i for i, labels in enumerate(axes) if varies(labels)), 0)
-    for labels in axes[varying + 1 :]:
+    """Labels of several axes flattened into one: at most one of them may vary, the outermost that does; rather one that
+    belongs to data than one made from a size."""
+    candidates = [i for i, labels in enumerate(axes) if varies(labels)]
+    varying = min(candidates, key=lambda i: (couplings.atoms.is_sized(axes[i]), i), default=0)
+    for labels in axes[:varying] + axes[varying + 1 :]:
         couplings.atoms.pin(labels, "flattened together with an axis that varies")
     outer, inner = prod(len(a) for a in axes[:varying]), prod(len(a) for a in axes[varying + 1 :])
     return np.tile(np.repeat(axes[varying], inner), outer)

@@ -4,7 +4,6 @@ Where the proof finds a width in the model's code that slicing cannot change and
 place is pinned and the groups are solved again.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,7 +20,7 @@ from cahfp_cli.coupling.meta_run import Subject
 from cahfp_cli.coupling.registry import Axes, Couplings
 from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
-from cahfp_cli.coupling.slicing import slice_module, to_meta
+from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.coupling.trace import Trace, labels_of_parameters, run
 from cahfp_cli.coupling.verification import MODES, Mismatch, Mode, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
@@ -31,7 +30,7 @@ assert rules.__all__  # importing the package fills the registry
 M = TypeVar("M", bound=nn.Module)
 
 MAX_REPAIRS = 200
-RANDOM_PROBES = 2
+RANDOM_PROBES = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             raise
     # The code reads values, or an operator has no shape function: then it runs on the real tensors.
-    return analyse_subject(Subject(copy.deepcopy(model), input_shape, dtype, on_meta=False))
+    return analyse_subject(Subject(clone(model), input_shape, dtype, on_meta=False))
 
 
 def analyse_subject(subject: Subject) -> Analysis:
@@ -148,7 +147,7 @@ def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -
 
     Raises: VerificationError: an operator of the sliced model does not do what was planned.
     """
-    own = to_meta(model) if analysis.on_meta else copy.deepcopy(model)
+    own = to_meta(model) if analysis.on_meta else clone(model)
     subject = Subject(own, analysis.input_shape, analysis.dtype, analysis.on_meta)
     plans = [Plan(one, analysis.group_of_atom) for one in analysis.traces]
 

@@ -78,12 +78,15 @@ class Atoms:
             self.not_mask_equivalent.append(Remark(labels, reason))
 
     def solve(self) -> Labels:
-        """The component of every atom, shape (count,); component `solve()[0]` is the pinned one."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
+        """The component of every atom, named after its smallest atom, shape (count,); that of the pinned ones is 0."""
         left = np.concatenate([np.zeros(1, np.int64), *(a for a, _ in self.pairs)])
         right = np.concatenate([np.zeros(1, np.int64), *(b for _, b in self.pairs)])
-        graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self.count, self.count))
-        _, component = connected_components(graph, directed=False)
-        return np.asarray(component, dtype=np.int64)
+        root = np.arange(self.count, dtype=np.int64)
+        while len(left):
+            low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
+            np.minimum.at(root, high, low)
+            while not np.array_equal(root, higher := root[root]):
+                root = higher
+            apart = root[left] != root[right]
+            left, right = left[apart], right[apart]
+        return root

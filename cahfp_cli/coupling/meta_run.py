@@ -1,6 +1,5 @@
 """Running a model on meta tensors, which carry shapes and no data: one forward pass under a mode that watches it."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from cahfp_cli.coupling.slicing import clone
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
 ACTIVATIONS = frozenset(
@@ -35,7 +36,7 @@ class Subject:
 
     def fresh(self) -> nn.Module:
         """A copy to run: models may change their own state on the first forward."""
-        return copy.deepcopy(self.model)
+        return clone(self.model)
 
     def sample(self, batch: int) -> torch.Tensor:
         """A batch of inputs; with values 0.5, or token 1, so that every run sees the same."""

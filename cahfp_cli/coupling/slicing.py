@@ -1,6 +1,7 @@
 """Cutting a module down: a deep copy of the user's own class with sliced tensors and its width attributes set."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from cahfp_cli.coupling.rules.convolution import removes_whole_groups
 
+STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
+PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
 Indices = Mapping[str, tuple[NDArray[np.int32] | None, ...]]
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,12 +39,40 @@ def copy_with(model: M, change: Callable[[str, torch.Tensor], torch.Tensor]) -> 
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
+    return copy_modules(model, memo)
+
+
+def copy_modules(model: M, memo: dict[int, Any]) -> M:
+    """`copy.deepcopy`, several times faster for modules: most of what they hold are empty dictionaries of hooks and
+    plain values, which deepcopy takes apart one by one."""
+    shells = []
+    for module in model.modules():
+        kind = type(module)
+        if hasattr(kind, "__deepcopy__") or any(getattr(kind, n) is not getattr(nn.Module, n) for n in STATE_METHODS):
+            continue  # its own way to be copied
+        memo[id(module)] = shell = kind.__new__(kind)
+        shells.append((module, shell))
+    for module, shell in shells:
+        for name, value in vars(module).items():
+            if name == "_compiled_call_impl":
+                continue
+            if type(value) in PLAIN:
+                shell.__dict__[name] = value
+            elif type(value) in (dict, OrderedDict) and not value:
+                shell.__dict__[name] = type(value)()
+            else:
+                shell.__dict__[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
 
 
 def to_meta(model: M) -> M:
     """A copy whose tensors have shapes and no data."""
     return copy_with(model, lambda name, tensor: torch.empty_like(tensor, device="meta"))
+
+
+def clone(model: M) -> M:
+    """A copy of a module with copies of its tensors."""
+    return copy_with(model, lambda name, tensor: tensor.clone())
 
 
 def slice_tensor(tensor: torch.Tensor, axes: tuple[NDArray[np.int32] | None, ...]) -> torch.Tensor:

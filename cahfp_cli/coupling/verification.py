@@ -4,7 +4,6 @@ It must give exactly the predicted shapes, cut where predicted, and compute with
 a width would change what is kept). Calls in which the code gives other numbers are rewritten on the way.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from cahfp_cli.coupling.module_stack import ModuleStack
 from cahfp_cli.coupling.operator_log import Logged, OperatorLog
 from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import CallFollower, install
-from cahfp_cli.coupling.slicing import slice_module
+from cahfp_cli.coupling.slicing import clone, slice_module
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.errors import first_line
 
@@ -141,7 +140,7 @@ def verify(
     found: list[Rewrite] = []
     for number, (plan, mode) in enumerate(zip(plans, MODES, strict=True)):
         widths = plan.widths(kept)
-        compact = copy.deepcopy(sliced) if number == 0 else sliced  # a run may change the model's state
+        compact = clone(sliced) if number == 0 else sliced  # a run may change the model's state
         if rewrites is not None:
             install(compact, rewrites)
         stack = ModuleStack(compact)

@@ -130,17 +130,24 @@ def solve(
 
 def families(labels: Mapping[str, tuple[Labels, ...]], groups: int) -> tuple[Labels, tuple[str, ...]]:
     """Number the families in order of first appearance, and name each after the first tensor it covers."""
-    signatures: list[list[tuple[int, int, int]]] = [[] for _ in range(groups)]
-    tensor_names = list(labels)
+    family = np.zeros(groups, dtype=np.int64)
+    first = np.full(groups, -1)
+    next_number = 1
     for i, axes in enumerate(labels.values()):
-        for axis, axis_labels in enumerate(axes):
+        for axis_labels in axes:
             members, counts = np.unique(axis_labels[axis_labels >= 0], return_counts=True)
-            for group, count in zip(members.tolist(), counts.tolist(), strict=True):
-                signatures[group].append((i, axis, count))
-    numbers: dict[tuple[tuple[int, int, int], ...], int] = {}
-    family = np.array([numbers.setdefault(tuple(s), len(numbers)) for s in signatures], dtype=np.int64)
-    names = tuple(tensor_names[signature[0][0]] for signature in numbers)
-    return family, names
+            if len(members):
+                # Split every family by whether, and how often, its members are on this axis.
+                _, part = np.unique(family[members] * (len(axis_labels) + 1) + counts, return_inverse=True)
+                family[members] = next_number + part
+                next_number += int(part.max()) + 1
+                first[members] = np.where(first[members] < 0, i, first[members])
+    _, appearance, number = np.unique(family, return_index=True, return_inverse=True)
+    in_order = np.argsort(appearance)
+    renumbered = np.empty(len(in_order), dtype=np.int64)
+    renumbered[in_order] = np.arange(len(in_order))
+    tensor_names = list(labels)
+    return renumbered[number], tuple(tensor_names[i] for i in first[appearance[in_order]])
 
 
 def why_pinned(

@@ -17,6 +17,7 @@ ACTIVATIONS = frozenset(
     {"relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"}
     | {"sigmoid", "tanh", "softplus"}
 )
+SOFTMAXES = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
 PRODUCTS = frozenset(
     {nn.functional.linear, nn.functional.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul}
@@ -87,7 +88,12 @@ def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if isinstance(x, torch.Tensor) and x.is_meta:
         if name in BATCH_NORMS and all(len(v) == x.shape[1] for v in args[1:5] if isinstance(v, torch.Tensor)):
             return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-        if name in ACTIVATIONS:
+        if name == "native_layer_norm" and all(
+            tuple(v.shape) == tuple(args[1]) == tuple(x.shape[-len(args[1]) :]) for v in args[2:4] if v is not None
+        ):
+            statistics = x.new_empty((*x.shape[: -len(args[1])], *(1 for _ in args[1])))
+            return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, statistics.clone()
+        if name in ACTIVATIONS or name in SOFTMAXES:
             return torch.empty_like(x)
         if name.endswith("_") and name[:-1] in ACTIVATIONS:
             return x
@@ -95,6 +101,10 @@ def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return torch.ops.aten.sum.dim_IntList(*args, **kwargs)
         if name == "addmm" and args[1].shape[1] == args[2].shape[0] and alike(args[1], args[2]):
             return x.new_empty(args[1].shape[0], args[2].shape[1])
+        if name == "bmm" and x.shape[2] == args[1].shape[1] and alike(x, args[1]) and len(x) == len(args[1]):
+            return x.new_empty(x.shape[0], x.shape[1], args[1].shape[2])
+        if name in ARITHMETIC and len(args) > 1 and x.is_floating_point() and isinstance(args[1], int | float):
+            return torch.empty_like(x)
         if name in ARITHMETIC and len(args) > 1 and isinstance(args[1], torch.Tensor) and alike(x, args[1]):
             shape = torch.broadcast_shapes(x.shape, args[1].shape)  # type: ignore[no-untyped-call]
             return x.new_empty(shape)

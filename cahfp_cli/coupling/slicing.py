@@ -56,13 +56,20 @@ def copy_modules(model: M, memo: dict[int, Any]) -> M:
         for name, value in vars(module).items():
             if name == "_compiled_call_impl":
                 continue
-            if type(value) in PLAIN:
-                shell.__dict__[name] = value
-            elif type(value) in (dict, OrderedDict) and not value:
-                shell.__dict__[name] = type(value)()
-            else:
-                shell.__dict__[name] = copy.deepcopy(value, memo)
+            shell.__dict__[name] = copy_value(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def copy_value(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` with short cuts."""
+    kind = type(value)
+    if kind in PLAIN or (kind is tuple and all(type(part) in PLAIN for part in value)):
+        return value
+    if kind in (dict, OrderedDict, set) and not value:
+        return kind()
+    if kind is dict:
+        return {key: memo[id(v)] if id(v) in memo else copy_value(v, memo) for key, v in value.items()}
+    return copy.deepcopy(value, memo)
 
 
 def to_meta(model: M) -> M:

@@ -1,9 +1,10 @@
 """Coupling against Torch-Pruning: CPU seconds from a model to its pruned copy, side by side in one run.
 
 Ours: trace in both modes, solve, prove, slice, and check the slice in both modes (`analyse` and `cut`). Theirs: the
-dependency graph and one global pruning step by magnitude, its default (`MetaPruner`), which checks nothing. Both remove 45%
-of the channels on one thread, each model and tool in a process of its own, in turn, with a limit of 120 seconds; CPU
-time of the process, so that other work on the machine counts less; the garbage of the imports is collected before. Needs torchvision and torch-pruning.
+dependency graph and one global pruning step by magnitude, its default (`MetaPruner`), which checks nothing. Both
+remove 45% of the channels on one thread, each model and tool in a process of its own, in turn, with a limit of 120
+seconds. CPU time of the process, so that other work on the machine counts less; garbage of the imports is collected
+before. Needs torchvision and torch-pruning.
 
     python scripts/bench_coupling.py [--quick] [--repeats N]
 

@@ -185,7 +185,7 @@ def masked(model: Any, indices: Any) -> Any:
     return copy_with(model, zeroed)
 
 
-def examine(library: str, name: str, seed: int) -> dict[str, Any]:
+def examine(library: str, name: str, seed: int, skip_onnx: bool = False) -> dict[str, Any]:
     """All checks on one model."""
     import copy
     import tempfile
@@ -240,6 +240,8 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
     onnx: float | str
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if skip_onnx:
+                raise CahfpError("skipped")
             onnx = export_onnx(compact, shape, Path(folder) / "model.onnx", {}, dtype=dtype).parity
         except CahfpError as error:
             onnx = str(error).splitlines()[0][:160]
@@ -258,9 +260,10 @@ def examine(library: str, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def run_one(library: str, name: str, seed: int, limit: float) -> dict[str, Any]:
+def run_one(library: str, name: str, seed: int, limit: float, skip_onnx: bool) -> dict[str, Any]:
     """`examine` in a process of its own."""
     command = [sys.executable, __file__, "--one", f"{library}:{name}", "--seed", str(seed)]
+    command += ["--skip-onnx"] if skip_onnx else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -307,6 +310,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="only models whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few small models, one seed")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--skip-onnx", action="store_true")
     parser.add_argument("--limit", type=float, default=900, help="seconds a model")
     parser.add_argument("-o", "--output", type=Path, help="write the table there, as Markdown")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -314,22 +319,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         library, _, name = options.one.partition(":")
-        print(json.dumps(examine(library, name, options.seed)))
+        print(json.dumps(examine(library, name, options.seed, options.skip_onnx)))
         return
-    columns = ["model", "share", "kept", "masked", "scatter", "onnx", "trace", "largest pinned part, or error"]
+    columns = ["model", "seed", "share", "kept", "masked", "scatter", "onnx", "trace", "largest pinned part, or error"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     print("\n".join(lines))
     summaries = {}
     for library in options.libraries or list(BARS):
         names = QUICK[library] if options.quick else names_of(library)
         results = []
-        for name in names:
-            if options.only and not any(part in name for part in options.only):
-                continue
-            for seed in range(1 if options.quick else options.seeds):
-                result = run_one(library, name, seed, options.limit)
+        for seed in range(options.first_seed, options.first_seed + (1 if options.quick else options.seeds)):
+            for name in names:
+                if options.only and not any(part in name for part in options.only):
+                    continue
+                result = run_one(library, name, seed, options.limit, options.skip_onnx)
                 results.append(result)
-                cells = [f"{library}:{name}", *(shown(result.get(c)) for c in columns[1:-1])]
+                cells = [f"{library}:{name}", str(seed), *(shown(result.get(c)) for c in columns[2:-1])]
                 line = f"| {' | '.join(cells)} | {result.get('error') or result.get('pinned', '')} |"
                 lines.append(line)
                 print(line, flush=True)

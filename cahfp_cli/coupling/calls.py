@@ -181,6 +181,7 @@ CONTRACTING: dict[Callable[..., Any], tuple[int, int]] = {
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), (0, 1)),
     **dict.fromkeys((torch.nn.functional.linear, torch.mm, torch.matmul), (0, -1)),
     **dict.fromkeys((torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, -1)),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), (0, -1)),
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), (1, -1)),
 }
 """Functions that contract channels: the position of the argument that holds them, and their axis in it."""

@@ -19,6 +19,7 @@ ACTIVATIONS = frozenset(
 )
 SOFTMAXES = frozenset({"_softmax", "_log_softmax", "_safe_softmax"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
+RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 PRODUCTS = frozenset(
     {nn.functional.linear, nn.functional.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul}
     | {torch.Tensor.__matmul__}
@@ -65,6 +66,18 @@ class ContiguousProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class WholeRecurrences(TorchFunctionMode):
+    """Runs a recurrent layer on meta tensors as one operator (see rules/recurrent.py); else it runs as several for
+    each time step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RECURRENT and isinstance(args[2], list) and args[0].is_meta:  # packed sequences have them fourth
+            states = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+            output, *final = torch.ops.cahfp.recurrent(args[0], states, args[2], 2 if args[7] else 1)
+            return (output, *final)
+        return func(*args, **(kwargs or {}))
+
+
 def forward(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], training: bool, *watchers: AbstractContextManager[Any]
 ) -> Any:
@@ -73,7 +86,7 @@ def forward(
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide the whole attention in one operator
     try:
-        with torch.no_grad(), ContiguousProducts(), ExitStack() as stack:
+        with torch.no_grad(), ContiguousProducts(), WholeRecurrences(), ExitStack() as stack:
             for watcher in watchers:
                 stack.enter_context(watcher)
             return model(*inputs)

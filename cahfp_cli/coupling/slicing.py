@@ -155,6 +155,8 @@ def set_widths(module: nn.Module) -> None:
                 per_group = module.num_channels // module.num_groups
                 module.num_channels = len(module.weight)
                 module.num_groups = module.num_channels // per_group
+        case nn.RNNBase():
+            module.input_size = module.get_parameter("weight_ih_l0").shape[1]
         case nn.Embedding():
             module.num_embeddings, module.embedding_dim = module.weight.shape
         case nn.PReLU():

@@ -132,6 +132,8 @@ def test_analysis_is_deterministic_and_leaves_the_model_alone(network):
     first, second = network.analyse().groups, network.analyse().groups
     assert np.array_equal(first.family, second.family)
     assert first.names == second.names
-    assert [(c.call, c.tensor, c.axis) for c in first.consumers] == [(c.call, c.tensor, c.axis) for c in second.consumers]
+    assert [(c.call, c.tensor, c.axis) for c in first.consumers] == [
+        (c.call, c.tensor, c.axis) for c in second.consumers
+    ]
     assert bits(state_arrays(network.model)) == before
     assert network.model.training == training

@@ -576,5 +576,5 @@ def test_reshape_is_factored_into_the_shortest_blocks(before, after, expected):
 
 
 def test_every_rule_names_an_operator_of_torch():
-    unknown = [name for name in RULES if not hasattr(torch.ops.aten, name)]
+    unknown = [name for name in RULES if not hasattr(torch.ops.aten, name) and not hasattr(torch.ops.cahfp, name)]
     assert unknown == []

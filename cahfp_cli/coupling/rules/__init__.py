@@ -8,6 +8,7 @@ from cahfp_cli.coupling.rules import (
     normalisation,
     pointwise,
     pooling,
+    recurrent,
     reduction,
     reshape,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "normalisation",
     "pointwise",
     "pooling",
+    "recurrent",
     "reduction",
     "reshape",
 ]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cahfp_cli.coupling.atoms import Labels, fixed
+from cahfp_cli.coupling.atoms import Labels, fixed, varies
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 
 
@@ -54,8 +54,11 @@ def convolution(couplings: Couplings, call: Call) -> Axes:
 
 
 def space_of(couplings: Couplings, call: Call, i: int) -> Labels:
-    """Axis i of space: it passes where each output reads the input at the same place alone."""
+    """Axis i of space: it passes where it keeps its length; masking is the same where an output reads one place."""
     labels, kernel = call.axes("input")[2 + i], call["weight"].shape[2 + i]
+    if varies(labels) and call["stride"][i] == 1 and call.output.shape[2 + i] == len(labels) and kernel > 1:
+        couplings.atoms.remark(labels, "convolution along the axis")  # as channel attention does
+        return labels
     if kernel == 1 and (call["stride"][i], call["padding"][i], call["output_padding"][i]) == (1, 0, 0):
         return labels
     couplings.atoms.pin(labels, "an axis that a convolution mixes")

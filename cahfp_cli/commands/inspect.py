@@ -1,4 +1,4 @@
-"""`cahfp inspect`: what any file of ours says of itself. Never imports torch."""
+"""`cahfp inspect`: what any file of ours says of itself. Only `--groups` imports torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
@@ -28,11 +28,79 @@ def inspect(
             help="A checkpoint, scores, an index map, a submodel folder, report.json, model.onnx or a profile.",
         ),
     ],
+    groups: Annotated[
+        bool,
+        typer.Option(
+            "--groups",
+            help="Of a checkpoint or submodel: its channel groups, what they couple, what cannot be pruned and why.",
+        ),
+    ] = False,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    input_shape: options.InputShape = None,
+    classes: options.Classes = None,
     json: options.Json = False,
 ) -> None:
     """Show what a file holds and how it came to be."""
+    if groups:
+        result = describe_groups(file, model, model_arg, input_shape, classes)
+        Console(json).result(human_groups(result), result)
+        return
+    for name, value in {"model": model, "model-arg": model_arg, "input-shape": input_shape, "classes": classes}.items():
+        if value:
+            raise UsageError(f"--{name} goes with --groups.")
     result = describe(file)
     Console(json).result(human(result), result)
+
+
+def describe_groups(
+    file: Path, model: str | None, model_arg: list[str] | None, input_shape: str | None, classes: int | None
+) -> Json:
+    """The channel groups of a network."""
+    from dataclasses import asdict
+
+    from cahfp_cli.commands.networks import open_network
+    from cahfp_cli.coupling.analysis import analyse
+    from cahfp_cli.coupling.coverage import coverage
+
+    network = open_network(file, model, model_arg, input_shape, classes)
+    found = coverage(network.model, analyse(network.model, network.input_shape))
+    return {
+        "kind": "channel groups",
+        "file": str(file),
+        "prunable_share": found.prunable_share,
+        "groups": sum(family.groups for family in found.families),
+        "families": [{**asdict(family), "tensors": list(family.tensors)} for family in found.families],
+        "pinned": [{"tensor": name, "elements": size, "reason": reason} for name, size, reason in found.pinned],
+        "rewritten": list(found.rewritten),
+        "traced": "shapes only" if found.on_meta else "with real tensors: the code reads values",
+    }
+
+
+def human_groups(result: Json) -> str:
+    """The same for people: long lists of coupled tensors cut short."""
+    families = [
+        {
+            "family": family["name"],
+            "groups": family["groups"],
+            "at least": family["narrowest"],
+            "elements": family["elements"],
+            "coupled axes": shortened(family["tensors"]),
+            "if zeroed instead": family["not_mask_equivalent"] or "the same",
+        }
+        for family in result["families"]
+    ]
+    pinned = {"pinned": result["pinned"]} if result["pinned"] else {}
+    rewritten = {"rewritten in a submodel": result["rewritten"]} if result["rewritten"] else {}
+    head = {key: result[key] for key in ("kind", "file", "traced", "groups")}
+    share = {"prunable share of the parameters": f"{result['prunable_share']:.2%}"}
+    return human({**head, **share, "families": families, **pinned, **rewritten})
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    """The first of many names."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def describe(path: Path) -> Json:
@@ -101,6 +169,7 @@ def describe_tensors(file: "SafetensorsFile") -> Json:
             "format": INDEX_MAP,
             "checkpoint": index_map.checkpoint,
             "tensors": len(index_map.tensors),
+            "rewrites": len(index_map.rewrites),
             "elements": {"kept": kept, "of": whole},
         }
     if name == SCORES:

@@ -7,7 +7,7 @@ import torch
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
 
-LIBRARY = torch.library.Library("cahfp", "FRAGMENT")
+LIBRARY = torch.library.Library("cahfp", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("recurrent(Tensor input, Tensor[] states, Tensor[] weights, int directions) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 

@@ -79,8 +79,26 @@ class Atoms:
 
     def solve(self) -> Labels:
         """The component of every atom, named after its smallest atom, shape (count,); that of the pinned ones is 0."""
+        return self.components(*self.ends())
+
+    def reasons(self) -> dict[int, str]:
+        """Why atoms are pinned: the first pin among all that an atom is tied to by way of atoms that vary."""
+        left, right = self.ends()
+        free = (left != PINNED) & (right != PINNED)
+        component = self.components(left[free], right[free])
+        first: dict[int, str] = {}
+        for pin in self.pins:
+            for number in np.unique(component[pin.atoms]).tolist():
+                first.setdefault(number, pin.reason)
+        return {atom: first[number] for atom, number in enumerate(component.tolist()) if atom and number in first}
+
+    def ends(self) -> tuple[Labels, Labels]:
+        """All ties as two arrays of atoms."""
         left = np.concatenate([np.zeros(1, np.int64), *(a for a, _ in self.pairs)])
-        right = np.concatenate([np.zeros(1, np.int64), *(b for _, b in self.pairs)])
+        return left, np.concatenate([np.zeros(1, np.int64), *(b for _, b in self.pairs)])
+
+    def components(self, left: Labels, right: Labels) -> Labels:
+        """Connected components, each named after its smallest atom, shape (count,)."""
         root = np.arange(self.count, dtype=np.int64)
         while len(left):
             low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])

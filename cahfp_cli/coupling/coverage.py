@@ -65,7 +65,5 @@ def coverage(model: nn.Module, analysis: Analysis) -> Coverage:
 
 
 def why(reasons: Mapping[tuple[str, int], str], name: str) -> str:
-    """The most telling of the reasons why a tensor's axes are pinned."""
-    own = [reason for (tensor, _), reason in reasons.items() if tensor == name]
-    vague = "tied to something that is pinned"
-    return next((reason for reason in own if reason != vague), vague if own else "axes of length 1")
+    """Why a tensor's first axis that could have lost entries cannot."""
+    return next((reason for (tensor, _), reason in reasons.items() if tensor == name), "axes of length 1")

@@ -153,17 +153,14 @@ def families(labels: Mapping[str, tuple[Labels, ...]], groups: int) -> tuple[Lab
 def why_pinned(
     atoms: Atoms, tensors: Mapping[str, Axes], labels: Mapping[str, tuple[Labels, ...]]
 ) -> dict[tuple[str, int], str]:
-    """For each axis of length above 1 without any group: the first pin that names its atoms, if one does."""
-    reasons: dict[int, str] = {}
-    for pin in atoms.pins:
-        for atom in np.unique(pin.atoms).tolist():
-            reasons.setdefault(atom, pin.reason)
+    """For each axis of length above 1 without any group: the first pin that it is tied to, if one is named."""
+    reasons = atoms.reasons()
     found = {}
     for name, axes in labels.items():
         for axis, axis_labels in enumerate(axes):
             if len(axis_labels) > 1 and (axis_labels == KEPT).all():
                 own = (reasons.get(atom) for atom in tensors[name][axis].tolist())
-                found[name, axis] = next((reason for reason in own if reason), "tied to something that is pinned")
+                found[name, axis] = next((reason for reason in own if reason), "tied to an axis of fixed length")
     return found
 
 

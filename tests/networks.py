@@ -404,7 +404,8 @@ class Masks:
     rates: tuple[float, ...] = field(default=(0.2, 0.5, 0.8))
 
     def of(self, groups: ChannelGroups, equivalent: bool = False) -> np.ndarray:
-        """Boolean (groups,), the narrowest width or more of every family; `equivalent` spares families where zeroing differs."""
+        """Boolean (groups,), at least the narrowest width of every family; `equivalent` spares those where zeroing
+        differs."""
         rng = np.random.default_rng(self.seed)
         kept = np.ones(groups.count, dtype=bool)
         for number in range(len(groups.names)):

@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cahfp_cli.coupling.rules.convolution import removes_whole_groups
-
 STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
 Indices = Mapping[str, tuple[NDArray[np.int32] | None, ...]]
@@ -125,6 +123,14 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+
+def removes_whole_groups(groups: int, inputs_per_group: int) -> bool:
+    """Whether pruning a grouped convolution drops whole groups (else: the same position in every group).
+
+    Depthwise and ResNeXt-like convolutions (many small groups) lose groups; few large groups lose positions inside.
+    """
+    return groups > 1 and groups >= inputs_per_group
 
 
 def set_convolution(module: Any, groups: int, full_shape: tuple[int, ...]) -> None:

@@ -4,14 +4,7 @@ import numpy as np
 
 from cahfp_cli.coupling.atoms import Labels, fixed, varies
 from cahfp_cli.coupling.registry import Axes, Call, Couplings, rule
-
-
-def removes_whole_groups(groups: int, inputs_per_group: int) -> bool:
-    """Whether pruning a grouped convolution drops whole groups (else: the same position in every group).
-
-    Depthwise and ResNeXt-like convolutions (many small groups) lose groups; few large groups lose positions inside.
-    """
-    return groups > 1 and groups >= inputs_per_group
+from cahfp_cli.coupling.slicing import removes_whole_groups
 
 
 @rule("convolution")

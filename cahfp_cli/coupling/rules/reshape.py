@@ -26,6 +26,18 @@ def transpose(couplings: Couplings, call: Call) -> Axes:
     return tuple(x)
 
 
+@rule("view_as_real")
+def parts_of_complex(couplings: Couplings, call: Call) -> Axes:
+    """A new last axis of two: real and imaginary part."""
+    return (*call.axes("self"), fixed(2))
+
+
+@rule("view_as_complex")
+def complex_of_parts(couplings: Couplings, call: Call) -> Axes:
+    """Drops the last axis of two."""
+    return call.axes("self")[:-1]
+
+
 @rule("unsqueeze")
 def unsqueeze(couplings: Couplings, call: Call) -> Axes:
     """A new axis of length 1."""

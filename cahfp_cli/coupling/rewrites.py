@@ -11,7 +11,7 @@ class Rewrite:
 
     When `module` runs, in training or evaluation mode, and `function` is called at `place` (the name of a Python
     function and the line in it, counted from its first) for the `time`-th time, number `argument` among the arguments
-    is `new` where the code says `old`; a multiple of `old`, as of a batch, becomes the same multiple of `new`.
+    is `new` where the code says `old`; another number, as for a larger batch, becomes what is in the same proportion.
     """
 
     module: str

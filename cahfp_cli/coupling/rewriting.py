@@ -181,14 +181,14 @@ def substitute(args: Any, kwargs: Any, changed: dict[int, tuple[Number, Number]]
 
 
 def scaled(number: Any, old: Number, new: Number) -> Any:
-    """`new` for `old`; for a whole multiple of `old`, such as of a batch, the same multiple of `new`.
+    """`new` for `old`; for another number, such as that of a larger batch, what is in the same proportion to it.
 
     Raises: RuntimeError: any other number, for which the slice has no answer.
     """
     if number == old:
         return new
-    if isinstance(old, int) and old > 0 and isinstance(number, int | torch.SymInt) and number % old == 0:
-        return number // old * new
+    if isinstance(old, int) and old > 0 and isinstance(number, int | torch.SymInt) and number * new % old == 0:
+        return number * new // old
     raise RuntimeError(f"the model's code uses the number {number} where it used {old} when the submodel was cut")
 
 

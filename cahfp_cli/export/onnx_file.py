@@ -4,7 +4,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ def export_onnx(
     except Exception as error:  # the exporter raises errors of many kinds for what it cannot express
         raise VerificationError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
     if not batch_is_free(program):
-        raise VerificationError("the network's code fixes the batch size, so it cannot be exported for any batch")
+        raise VerificationError(
+            "the network's code fixes the batch size, so it cannot be exported for any batch.\n"
+            "Where it says len(x), x.shape[0] leaves it open; or go without the file: --no-onnx."
+        )
     proto = cleaned(program.model_proto, metadata)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     try:
@@ -115,7 +118,8 @@ def to_onnx(network: nn.Module, sample: torch.Tensor) -> torch.onnx.ONNXProgram:
 
     program: torch.onnx.ONNXProgram = convert(network, (sample,))
     if not batch_is_free(program):
-        program = convert(torch.export.export(network, (sample,), dynamic_shapes=shapes, strict=True), ())
+        with suppress(Exception):  # code that it cannot analyse, as a rewritten module's, leaves the batch fixed
+            program = convert(torch.export.export(network, (sample,), dynamic_shapes=shapes, strict=True), ())
     return program
 
 

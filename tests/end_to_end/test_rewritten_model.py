@@ -1,4 +1,4 @@
-"""A user's own model whose code fixes widths, through the command line: pruned, trained, evaluated, exported, merged."""
+"""A model whose code fixes widths, through the command line: pruned, trained, evaluated, exported, merged."""
 
 import json
 import shutil

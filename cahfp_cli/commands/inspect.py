@@ -1,5 +1,6 @@
-"""`cahfp inspect`: what any file of ours says of itself. Only `--groups` imports torch."""
+"""`cahfp inspect`: what any file of ours says of itself. Only `--groups` imports torch, only `--plot` matplotlib."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,18 +40,61 @@ def inspect(
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
     classes: options.Classes = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Of scores: draw the significance per layer (.png, .svg or .pdf)."),
+    ] = None,
+    submodel: Annotated[
+        Path | None,
+        typer.Option("--submodel", help="With --plot: show what this submodel folder keeps and what was cut."),
+    ] = None,
     json: options.Json = False,
+    force: options.Force = False,
 ) -> None:
     """Show what a file holds and how it came to be."""
+    network = {"--model": model, "--model-arg": model_arg, "--input-shape": input_shape, "--classes": classes}
+    check_needed_by("--groups", groups, network)
+    check_needed_by("--plot", plot is not None, {"--submodel": submodel, "--force": force})
+    if groups and plot is not None:
+        raise UsageError("--plot draws scores: it does not go with --groups.")
     if groups:
         result = describe_groups(file, model, model_arg, input_shape, classes)
         Console(json).result(human_groups(result), result)
         return
-    for name, value in {"model": model, "model-arg": model_arg, "input-shape": input_shape, "classes": classes}.items():
-        if value:
-            raise UsageError(f"--{name} goes with --groups.")
-    result = describe(file)
+    result = describe(file) if plot is None else draw(file, plot, submodel, force)
     Console(json).result(human(result), result)
+
+
+def check_needed_by(flag: str, is_given: bool, others: Mapping[str, object]) -> None:
+    """Raises: UsageError: one of the flags `others` has a value, but `flag`, which alone uses it, is not given."""
+    for other, value in others.items():
+        if value and not is_given:
+            raise UsageError(f"{other} goes with {flag}.")
+
+
+def draw(file: Path, plot: Path, submodel: Path | None, force: bool) -> Json:
+    """Draw scores into the file `plot`; returns their description.
+
+    Raises: UsageError: `file` holds no scores, `plot` names no kind of figure, or matplotlib is not installed.
+    """
+    from cahfp_cli.checkpoint.atomic import check_file_target
+    from cahfp_cli.significance.scores import read_scores
+
+    try:
+        from cahfp_cli.plots.figure_file import figure_suffix, save_figure
+        from cahfp_cli.plots.scores import draw_scores, kept_mask
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot needs {error.name}, which is not installed: pip install 'cahfp[plots]'") from error
+
+    figure_suffix(plot)
+    check_file_target(plot, force)
+    result = describe(file)
+    if result["kind"] != "scores":
+        raise UsageError(f"--plot draws scores, but {file} is of the kind: {result['kind']}.")
+    scores = read_scores(file)
+    kept = kept_mask(scores, submodel) if submodel is not None else None
+    save_figure(draw_scores(scores, kept), plot, force)
+    return {**result, "plot": str(plot)}
 
 
 def describe_groups(

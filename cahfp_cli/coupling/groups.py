@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,26 @@ class ChannelGroups:
             name: tuple(axis_indices(labels) for labels in axes)
             for name, axes in {**self.labels, **self.unsaved}.items()
         }
+
+    def restricted(self, kept: NDArray[np.bool_]) -> "ChannelGroups":
+        """The groups of the network that is left when only `kept` survive, numbered as before without the others.
+
+        Families keep their numbers, also those of which nothing is left.
+        """
+        number = np.append(np.where(kept, np.cumsum(kept) - 1, KEPT), KEPT)
+        alive = np.append(kept, True)
+
+        def surviving(labels: Labels) -> Labels:
+            left: Labels = number[labels[alive[labels]]]
+            return left
+
+        return replace(
+            self,
+            labels={name: tuple(map(surviving, axes)) for name, axes in self.labels.items()},
+            unsaved={name: tuple(map(surviving, axes)) for name, axes in self.unsaved.items()},
+            family=self.family[kept],
+            consumers=tuple(replace(consumer, groups=surviving(consumer.groups)) for consumer in self.consumers),
+        )
 
     def sizes(self) -> Labels:
         """Elements that belong to each group, int64 (groups,); one that two groups share counts for both."""

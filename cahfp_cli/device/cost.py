@@ -114,7 +114,10 @@ class Breakdown:
 
 
 class CostModel:
-    """A workload compiled for one device (or for none: then there is no latency)."""
+    """A workload compiled for one device (or for none: then there is no latency).
+
+    alignment: channels that are computed together; a width inside such a step costs as much as one at its end.
+    """
 
     def __init__(self, workload: Workload, profile: DeviceProfile | None) -> None:
         _check(workload)
@@ -137,8 +140,9 @@ class CostModel:
         self._sums = _Sums([*totals, *peaks, *activations, *weights], workload.families)
         self._parts = list(np.cumsum([len(totals), len(peaks), len(timed)]))
 
-        step = 1 if profile is None or profile.alignment is None else profile.alignment.step.value
-        self._macs = _Sums([[(size, 1) for size in operator.macs] for operator in timed], workload.families, step)
+        self.alignment = 1 if profile is None or profile.alignment is None else int(profile.alignment.step.value)
+        macs = [[(size, 1) for size in operator.macs] for operator in timed]
+        self._macs = _Sums(macs, workload.families, self.alignment)
         if profile is not None:
             self._peak, self._bandwidth = profile.compute.fp32.reached, profile.memory.reached
             self._cache = profile.memory.cache.si if profile.memory.cache is not None else 0.0

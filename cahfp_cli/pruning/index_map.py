@@ -2,12 +2,16 @@
 
 Pure data: using a map needs no model code and no torch. In the file each distinct index array is stored once, as
 `index.0`, `index.1`, ... (int32); the metadata key `cahfp` holds the table from tensor names to arrays.
+
+A submodel whose surviving channels were compensated for the removed ones has *factors*: along an axis of a weight, what
+each surviving slice was multiplied with (`factor.0`, ..., float32). `scatter` takes them out again, so that what
+compensated one device's submodel never reaches the global checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,25 +26,34 @@ from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.errors import InputError
 
 Indices = NDArray[np.int32]
+Factors = NDArray[np.float32]
 Selector = tuple[slice | NDArray[np.intp], ...]
+
+INDEX, FACTOR = "index", "factor"
+LEAST_FACTOR = 2.0**-6
+"""Factors are within this and its inverse: what a client changed is divided by them."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
     """One tensor: `shape` and `dtype` (safetensors code) are those of the global checkpoint; `axes` has, per axis,
-    the surviving indices (int32, strictly increasing) or None where the whole axis survives.
+    the surviving indices (int32, strictly increasing) or None where the whole axis survives. `factors` has, per axis,
+    what each surviving slice was multiplied with (float32, positive) or None; it is empty where nothing was.
 
-    Raises: InputError: an axis whose indices are not that, or are not in the tensor.
+    Raises: InputError: an axis whose indices are not that, or are not in the tensor; factors that do not fit.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[Indices | None, ...]
+    factors: tuple[Factors | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {shown(self.dtype)} is none of {', '.join(DTYPES)}.")
         _check_axes(self.shape, self.axes)
+        if self.factors:
+            _check_factors(self)
 
     @property
     def submodel_shape(self) -> tuple[int, ...]:
@@ -74,22 +87,62 @@ class IndexMap:
 
 
 def gather(array: Array, tensor_map: TensorMap) -> Array:
-    """The submodel's tensor, a new array of `submodel_shape`, from the global one; no bit changes.
+    """The submodel's tensor, a new array of `submodel_shape`, from the global one; without factors no bit changes.
 
     Raises: InputError: `array` does not have the shape or dtype of the map.
     """
     _check_array(array, tensor_map.shape, tensor_map.dtype)
-    return np.array(array[selector(tensor_map.axes, tensor_map.shape)], dtype=array.dtype, copy=True, order="C")
+    chosen = np.array(array[selector(tensor_map.axes, tensor_map.shape)], dtype=array.dtype, copy=True, order="C")
+    return scaled(chosen, tensor_map.factors)
 
 
 def scatter(submodel_array: Array, tensor_map: TensorMap, into: Array) -> None:
     """Write the submodel's tensor to its places in the global tensor `into`, in place; the inverse of `gather`.
 
+    Where there are factors, `into` must hold the values that the submodel was cut from.
     Raises: InputError: an array does not have the shape or dtype of the map.
     """
     _check_array(submodel_array, tensor_map.submodel_shape, tensor_map.dtype)
     _check_array(into, tensor_map.shape, tensor_map.dtype)
-    into[selector(tensor_map.axes, tensor_map.shape)] = submodel_array
+    places = selector(tensor_map.axes, tensor_map.shape)
+    if tensor_map.factors:
+        submodel_array = unscaled(submodel_array, into[places], tensor_map.factors).astype(into.dtype)
+    into[places] = submodel_array
+
+
+def scaled(array: Array, factors: tuple[Factors | None, ...]) -> Array:
+    """The array times the factors of each axis, rounded once to its own dtype, which must be a float one if there are
+    factors."""
+    product = factor_product(factors)
+    if product is None:
+        return array
+    wide = np.float64 if array.dtype == np.float64 else np.float32
+    return np.asarray((array.astype(wide) * product.astype(wide)).astype(array.dtype))
+
+
+def unscaled(array: Array, original: Array, factors: tuple[Factors | None, ...]) -> NDArray[np.float64]:
+    """What an array that was `scaled(original, factors)` and then trained is without the factors, in float64.
+
+    Exact: where training left an entry as it was, the result is `original`, bit for bit; where it moved it by d, the
+    result is original + d / factor.
+    """
+    product = factor_product(factors)
+    trained, before = array.astype(np.float64), original.astype(np.float64)
+    if product is None:
+        return trained
+    moved = trained - scaled(original, factors).astype(np.float64)
+    return np.asarray(np.where(moved == 0, before, before + moved / product))
+
+
+def factor_product(factors: tuple[Factors | None, ...]) -> NDArray[np.float64] | None:
+    """All factors of a tensor as one array that broadcasts against it, None without any."""
+    product = None
+    for axis, along in enumerate(factors):
+        if along is not None:
+            shape = [-1 if other == axis else 1 for other in range(len(factors))]
+            own = along.astype(np.float64).reshape(shape)
+            product = own if product is None else product * own
+    return product
 
 
 def selector(axes: tuple[NDArray[np.integer] | None, ...], shape: tuple[int, ...]) -> Selector:
@@ -112,11 +165,13 @@ AxisNumbers = Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(ma
 
 
 class TensorRecord(Record):
-    """A tensor in the table: each entry of `axes` is the number of an index array, or null for a whole axis."""
+    """A tensor in the table: each entry of `axes` is the number of an index array, or null for a whole axis; each of
+    `factors` the number of a factor array, or null."""
 
     shape: Shape
     dtype: str
     axes: AxisNumbers
+    factors: AxisNumbers | None = None
 
 
 class BufferRecord(Record):
@@ -156,22 +211,32 @@ class IndexMapMetadata(Record):
 
 def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> None:
     """Write exactly `path` (see checkpoint/atomic.py for safety); equal maps give equal bytes."""
-    numbers: dict[bytes, int] = {}
     arrays: dict[str, Array] = {}
 
-    def number(indices: Indices | None) -> int | None:
-        if indices is None:
-            return None
-        place = numbers.setdefault(indices.tobytes(), len(numbers))
-        arrays[f"index.{place}"] = indices
-        return place
+    def numbering(kind: str) -> Callable[[Array | None], int | None]:
+        numbers: dict[bytes, int] = {}
 
+        def number(array: Array | None) -> int | None:
+            if array is None:
+                return None
+            place = numbers.setdefault(array.tobytes(), len(numbers))
+            arrays[f"{kind}.{place}"] = array
+            return place
+
+        return number
+
+    index, factor = numbering(INDEX), numbering(FACTOR)
     table = {
-        name: TensorRecord(shape=entry.shape, dtype=entry.dtype, axes=tuple(map(number, entry.axes)))
+        name: TensorRecord(
+            shape=entry.shape,
+            dtype=entry.dtype,
+            axes=tuple(map(index, entry.axes)),
+            factors=tuple(map(factor, entry.factors)) or None,
+        )
         for name, entry in sorted(index_map.tensors.items())
     }
     buffers = {
-        name: BufferRecord(shape=entry.shape, axes=tuple(map(number, entry.axes)))
+        name: BufferRecord(shape=entry.shape, axes=tuple(map(index, entry.axes)))
         for name, entry in sorted(index_map.buffers.items())
     }
     record = IndexMapMetadata(
@@ -195,18 +260,23 @@ def read_index_map(path: Path) -> IndexMap:
         arrays = _read_arrays(file)
     tensors: dict[str, TensorMap] = {}
     buffers: dict[str, BufferMap] = {}
-    used: set[int] = set()
+    used: set[str] = set()
+
+    def look_up(name: str, kind: str, numbers: tuple[int | None, ...]) -> tuple[Any, ...]:
+        keys = [None if number is None else f"{kind}.{number}" for number in numbers]
+        for key in keys:
+            if key is not None and key not in arrays:
+                raise InputError(f"{path}: tensor {shown(name)} refers to '{key}', which is not in the file.")
+        used.update(key for key in keys if key is not None)
+        return tuple(None if key is None else arrays[key] for key in keys)
+
     entries: list[tuple[str, TensorRecord | BufferRecord]] = [*record.tensors.items(), *record.buffers.items()]
     for name, entry in entries:
-        numbers = [number for number in entry.axes if number is not None]
-        for number in numbers:
-            if number not in arrays:
-                raise InputError(f"{path}: tensor {shown(name)} refers to 'index.{number}', which is not in the file.")
-        used.update(numbers)
-        axes = tuple(None if number is None else arrays[number] for number in entry.axes)
+        axes = look_up(name, INDEX, entry.axes)
         try:
             if isinstance(entry, TensorRecord):
-                tensors[name] = TensorMap(entry.shape, entry.dtype, axes)
+                factors = look_up(name, FACTOR, entry.factors or ())
+                tensors[name] = TensorMap(entry.shape, entry.dtype, axes, factors)
             else:
                 buffers[name] = BufferMap(entry.shape, axes)
         except InputError as error:
@@ -215,7 +285,7 @@ def read_index_map(path: Path) -> IndexMap:
                 "checkpoint: prune again."
             ) from None
     if used != arrays.keys():
-        raise InputError(f"{path}: 'index.{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
+        raise InputError(f"{path}: '{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
     rewrites = tuple(Rewrite(**rewrite.model_dump()) for rewrite in record.rewrites)
     return IndexMap(record.checkpoint, tensors, buffers, rewrites)
 
@@ -249,19 +319,21 @@ def listed(names: list[str]) -> str:
     return ", ".join(map(shown, names[:5])) + rest
 
 
-def _read_arrays(file: SafetensorsFile) -> Mapping[int, Indices]:
-    names = {f"index.{number}": number for number in range(len(file.tensors))}
+def _read_arrays(file: SafetensorsFile) -> Mapping[str, Array]:
+    names = {f"{kind}.{number}": kind for kind in (INDEX, FACTOR) for number in range(len(file.tensors))}
     arrays = {}
     for name, info in file.tensors.items():
         if name not in names:
             raise InputError(
-                f"{file.path}: it holds a tensor {shown(name)}; an index map holds only index.0, index.1, ..."
+                f"{file.path}: it holds a tensor {shown(name)}; an index map holds only index.0, index.1, ... and "
+                "factor.0, factor.1, ..."
             )
-        if info.dtype != "I32" or len(info.shape) != 1:
+        wanted, what = ("I32", "indices") if names[name] == INDEX else ("F32", "factors")
+        if info.dtype != wanted or len(info.shape) != 1:
             raise InputError(
-                f"{file.path}: '{name}' is {info.dtype} {list(info.shape)}; indices are I32 with one axis."
+                f"{file.path}: '{name}' is {info.dtype} {list(info.shape)}; {what} are {wanted} with one axis."
             )
-        arrays[names[name]] = file.read(name)
+        arrays[name] = file.read(name)
     return arrays
 
 
@@ -283,6 +355,22 @@ def _check_indices(indices: Indices, length: int, axis: int) -> None:
         raise InputError(
             f"axis {axis} has index {wrong}, but the global tensor has length {length} there (0-{length - 1})."
         )
+
+
+def _check_factors(entry: TensorMap) -> None:
+    if entry.dtype not in FLOATS:
+        raise InputError(f"it has factors, but is {entry.dtype}: only weights of real numbers are scaled.")
+    if len(entry.factors) != len(entry.shape) or len(entry.shape) < 2:
+        raise InputError(
+            f"it has factors for {len(entry.factors)} axes; it has {len(entry.shape)}, and vectors have none."
+        )
+    for axis, (along, length) in enumerate(zip(entry.factors, entry.submodel_shape, strict=True)):
+        if along is None:
+            continue
+        if along.dtype != np.float32 or along.shape != (length,):
+            raise InputError(f"axis {axis} has {along.dtype} factors of shape {along.shape}, not float32 ({length},).")
+        if not np.all((along >= LEAST_FACTOR) & (along <= 1 / LEAST_FACTOR)):
+            raise InputError(f"axis {axis} has a factor that is not within {LEAST_FACTOR:g} and {1 / LEAST_FACTOR:g}.")
 
 
 def _check_array(array: Array, shape: tuple[int, ...], dtype: str) -> None:

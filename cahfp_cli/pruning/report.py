@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cahfp_cli.checkpoint import strict_json
+from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 
 FORMAT = "cahfp.report/1"
@@ -19,13 +20,36 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report. Raises: InputError: it is not one of ours, or damaged."""
-    if path.stat().st_size > MAX_BYTES:
+    """Read a report. Raises: InputError: it is missing, not one of ours, or damaged."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file.")
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
         raise InputError(f"{path}: too large for a report; make the submodel again.")
     try:
-        report = strict_json.parse(path.read_bytes())
+        report = strict_json.parse(text)
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}. Make the submodel again.") from None
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise InputError(f"{path}: not a report of cahfp ({FORMAT}).")
     return report
+
+
+def kept_groups(path: Path, report: Mapping[str, Any], groups: int) -> list[int]:
+    """The numbers of the groups that a submodel kept, of `groups` of its network; `report` was read from `path`.
+
+    Raises: InputError: the report lacks them, or they are not strictly increasing numbers below `groups`.
+    """
+    kept = report.get("kept_groups")
+    if not isinstance(kept, list):
+        raise InputError(f"{path}: it has no list 'kept_groups', so it does not say what was cut; prune again.")
+    last = -1
+    for number in kept:
+        if type(number) is not int or not last < number < groups:
+            raise InputError(
+                f"{path}: 'kept_groups' must hold increasing numbers from 0 to {groups - 1}, each once, but "
+                f"holds {shown(str(number))}. The report is damaged or of another network: prune again."
+            )
+        last = number
+    return kept

@@ -22,13 +22,18 @@ SHARE_STEPS = 40
 @dataclass(frozen=True)
 class Selection:
     """kept: boolean (groups,). cost and full: of the submodel and of the whole network. limits: what had to hold.
-    binding: the limit that is closest to being reached, None without one."""
+    binding: the limit that is closest to being reached, None without one. gates: float64 (groups,), to be folded into
+    the weights (see pruning/compensation.py), None without compensation. predicted, measured: divergence of the
+    submodel's predictions from the reference on the calibration samples, nats; None where it was not looked at."""
 
     kept: Mask
     cost: Cost
     full: Cost
     limits: Limits
     binding: str | None
+    gates: NDArray[np.float64] | None = None
+    predicted: float | None = None
+    measured: float | None = None
 
 
 def select(
@@ -53,11 +58,21 @@ def select(
     full = model.cost(full_widths)
     limits = limits_of(budget, full)
     least = np.minimum(full_widths, 1 if narrowest is None else narrowest)
-    most = np.maximum(np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64), least)
+    most = widest(budget, full_widths, least)
     check_reachable(model, limits, least)
     widths = grow(significance, family, model, limits, uniform(model, limits, full_widths, least, most), most)
-    kept = strongest(significance, family, widths)
-    cost = model.cost(widths)
+    return finished(strongest(significance, family, widths), model, widths, limits, budget)
+
+
+def widest(budget: Budget, full_widths: Widths, least: Widths) -> Widths:
+    """The most groups that each family may keep by the budget's `keep`, int64 (families,)."""
+    rounded = np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64)
+    return np.asarray(np.maximum(rounded, least))
+
+
+def finished(kept: Mask, model: CostModel, widths: Widths, limits: Limits, budget: Budget) -> Selection:
+    """A mask with what it costs."""
+    cost, full = model.cost(widths), model.cost(np.asarray(model.workload.full_widths, dtype=np.int64))
     excess = limits.excess(cost)
     binding = max(excess, key=lambda name: excess[name]) if excess else ("keep" if budget.keep else None)
     return Selection(kept, cost, full, limits, binding)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
 from cahfp_cli.models.spec import build, resolve_spec
 from cahfp_cli.provenance import portable
+from cahfp_cli.pruning.compensation import factors_of_tensors
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.report import write_report
 
+M = TypeVar("M", bound=nn.Module)
 Mask = NDArray[np.bool_]
 
 
@@ -51,6 +53,7 @@ def make_index_map(
     kept: Mask,
     checkpoint: str,
     rewrites: tuple[Rewrite, ...] = (),
+    gates: NDArray[np.float64] | None = None,
 ) -> IndexMap:
     """Which entries of every tensor of a checkpoint the kept groups hold.
 
@@ -58,11 +61,16 @@ def make_index_map(
         arrays: the checkpoint's own tensors, in its own dtypes.
         checkpoint: its content digest.
         rewrites: those that the compact network needs.
+        gates: float64 (groups,), folded into the weights that read each group (see pruning/compensation.py).
     """
     indices = groups.indices(kept)
+    factors = {} if gates is None else factors_of_tensors(groups, kept, gates)
     return IndexMap(
         checkpoint,
-        {name: TensorMap(array.shape, dtype_code(array.dtype), indices[name]) for name, array in arrays.items()},
+        {
+            name: TensorMap(array.shape, dtype_code(array.dtype), indices[name], factors.get(name, ()))
+            for name, array in arrays.items()
+        },
         {
             name: BufferMap(tuple(len(labels) for labels in axes), indices[name])
             for name, axes in groups.unsaved.items()
@@ -72,7 +80,7 @@ def make_index_map(
 
 
 def gather_all(arrays: Mapping[str, Array], index_map: IndexMap) -> dict[str, Array]:
-    """The submodel's tensors, bit for bit those of the checkpoint.
+    """The submodel's tensors: bit for bit those of the checkpoint, times the map's factors where it has some.
 
     Raises: VerificationError: scattering them back does not give the checkpoint.
     """
@@ -84,6 +92,12 @@ def gather_all(arrays: Mapping[str, Array], index_map: IndexMap) -> dict[str, Ar
         if restored.tobytes() != arrays[name].tobytes():
             raise VerificationError(f"the index map of {name!r} does not lead back to the checkpoint")
     return compact
+
+
+def with_arrays(model: M, arrays: Mapping[str, Array]) -> M:
+    """The compact network with the numbers that its submodel folder holds, in place."""
+    model.load_state_dict({name: to_tensor(array) for name, array in arrays.items()}, strict=False)
+    return model
 
 
 def trained_arrays(model: nn.Module, index_map: IndexMap) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Gates: one scalar z_c a channel group, 1 in the full model; first and second derivatives of the loss in them.
+"""Gates: one scalar z_c a channel group, 1 in the full model, and the derivatives of the logits in them.
 
 The gate of a group multiplies what the group's *consumers* read: the inputs of the convolutions and matrix products
 that contract its channels. Every path from the group to the loss passes a consumer, so z_c = 0 is exactly the model
@@ -7,7 +7,7 @@ and the gradient `da` through that consumer alone, the gate's gradient for sampl
 consumers of a * da`: no per-sample weight gradients are needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +22,9 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups, Consumer
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.outputs import logits_of
 
-Floats = NDArray[np.float64]
 EXACT_CLASSES = 16
-DRAWS = 8
-
-
-@dataclass(frozen=True)
-class GateStatistics:
-    """Means over calibration samples, each float64 (groups,).
-
-    gradient: dL/dz of the mean cross-entropy, nats.
-    gradient_magnitude: mean of the absolute per-sample gradient.
-    gradient_square: mean of the squared per-sample gradient (empirical Fisher diagonal).
-    curvature: diagonal of the generalised Gauss-Newton matrix, E[J' (diag p - p p') J].
-    samples: number of samples; loss: their mean cross-entropy, nats.
-    """
-
-    gradient: Floats
-    gradient_magnitude: Floats
-    gradient_square: Floats
-    curvature: Floats
-    samples: int
-    loss: float
+"""Up to so many classes every one has its backward pass unless the caller says otherwise; beyond, the likeliest."""
+TOP_CLASSES = 3
 
 
 class ConsumerInputs(TorchFunctionMode):
@@ -78,122 +59,54 @@ class ConsumerInputs(TorchFunctionMode):
         return watched
 
 
-def gate_statistics(
-    model: nn.Module,
-    groups: ChannelGroups,
-    x: NDArray[Any],
-    y: NDArray[np.int64],
-    *,
-    batch_size: int = 64,
-    draws: int | None = None,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> GateStatistics:
-    """Measure gradients and curvature of every gate over calibration samples.
+class GatedPass:
+    """One forward pass of a model over a batch, from which the gates' gradients of any output can be taken.
 
-    Args:
-        model: left as it is; runs in evaluation mode on the device of its parameters.
-        groups: its channel groups.
-        x: samples, float32 (n, ...) or integer tokens; y: labels, int64 (n,).
-        draws: None takes the exact Gauss-Newton diagonal with one backward pass a class up to 16 classes, and 8
-            draws beyond; a number takes that many labels drawn from the model's own predictions a sample, an
-            unbiased estimate (the true Fisher equals the GGN for a softmax likelihood).
-    Raises:
-        InputError: a sample gave a non-finite output or gradient (its number is named), or a consumer was not seen.
+    logits: (b, classes), with the graph behind them.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    totals = np.zeros((4, groups.count))
-    loss = 0.0
-    generator = torch.Generator().manual_seed(seed)
-    for first in range(0, len(x), batch_size):
-        samples = torch.from_numpy(x[first : first + batch_size]).to(device)
-        labels = torch.from_numpy(y[first : first + batch_size]).to(device)
-        batch = measure_batch(model, groups, samples, labels, draws, generator)
-        bad = ~torch.isfinite(batch.losses) | ~torch.isfinite(batch.gradient).all(1)
-        if bad.any():
-            number = first + int(torch.nonzero(bad)[0])
-            raise InputError(
-                f"calibration sample {number} gives a non-finite loss or gradient: check it and the weights"
-            )
-        # To the CPU first: not every device has float64.
-        loss += float(batch.losses.cpu().double().sum())
-        gradient, curvature = batch.gradient.cpu().double().numpy(), batch.curvature.cpu().double().numpy()
-        totals += np.stack([gradient.sum(0), np.abs(gradient).sum(0), np.square(gradient).sum(0), curvature.sum(0)])
-        on_progress(min(first + batch_size, len(x)), len(x))
-    totals /= len(x)
-    return GateStatistics(totals[0], totals[1], totals[2], totals[3], len(x), loss / len(x))
 
+    def __init__(self, model: nn.Module, groups: ChannelGroups, samples: torch.Tensor) -> None:
+        """Run the model, which must be in evaluation mode and on the samples' device.
 
-@dataclass(frozen=True)
-class BatchStatistics:
-    """Per-sample results of one batch: losses (b,), gradient and curvature (b, groups)."""
+        Raises: InputError: a consumer was not seen, or the samples of a batch influence one another.
+        """
+        collector = ConsumerInputs(groups)
+        with torch.enable_grad(), collector:
+            self.logits = logits_of(model(samples))
+        if len(collector.seen) < len(collector.consumers):
+            raise InputError("gates cannot be measured: the model runs fewer products than when it was traced")
+        self._groups = groups.count
+        self._seen = collector.seen
+        self._inputs = [x for _, x, _ in collector.seen]
+        numbers = [np.where(c.groups == KEPT, groups.count, c.groups) for c, _, _ in collector.seen]
+        self._numbers = [torch.from_numpy(number).to(self.logits.device) for number in numbers]
+        several_rows = any(axis < 0 and x.shape[:-1].numel() > len(samples) for _, x, axis in collector.seen)
+        of_first = self._backward(self.logits[0].square().sum()) if several_rows else (None,) * len(self._inputs)
+        self._strides = [
+            sample_stride(dx, len(samples), axis == 1) for dx, (_, _, axis) in zip(of_first, self._seen, strict=True)
+        ]
 
-    losses: torch.Tensor
-    gradient: torch.Tensor
-    curvature: torch.Tensor
-
-
-def measure_batch(
-    model: nn.Module,
-    groups: ChannelGroups,
-    samples: torch.Tensor,
-    labels: torch.Tensor,
-    draws: int | None,
-    generator: torch.Generator,
-) -> BatchStatistics:
-    """One forward pass, then one backward pass a class or a draw; weights get no gradients."""
-    collector = ConsumerInputs(groups)
-    with torch.enable_grad(), collector:
-        logits = logits_of(model(samples))
-    if len(collector.seen) < len(collector.consumers):
-        raise InputError("gates cannot be measured: the model runs fewer products than when it was traced")
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    inputs = [x for _, x, _ in collector.seen]
-    if not inputs or not torch.isfinite(losses).all():  # nothing to measure, or nothing that the caller accepts
-        nothing = logits.new_zeros(len(samples), groups.count)
-        return BatchStatistics(losses.detach(), nothing, nothing)
-
-    def backward(output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def _backward(self, output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients in what the consumers read, None where `output` does not depend on it."""
-        return torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True)
+        if not self._inputs:
+            return ()
+        return torch.autograd.grad(output, self._inputs, retain_graph=True, allow_unused=True)
 
-    several_rows = any(axis < 0 and x.shape[:-1].numel() > len(samples) for _, x, axis in collector.seen)
-    of_first = backward(logits[0].square().sum()) if several_rows else (None,) * len(inputs)
-    strides = [
-        sample_stride(dx, len(samples), axis == 1) for dx, (_, _, axis) in zip(of_first, collector.seen, strict=True)
-    ]
-    numbers = [torch.from_numpy(np.where(c.groups == KEPT, groups.count, c.groups)) for c, _, _ in collector.seen]
-    numbers = [number.to(logits.device) for number in numbers]
-
-    def gate_gradients(output: torch.Tensor) -> torch.Tensor:
-        """d output / d gate for each sample, (b, groups); `output` is a sum over samples."""
-        gradients = backward(output)
-        total = logits.new_zeros(len(samples), groups.count + 1)
-        for (_, x, axis), dx, stride, number in zip(collector.seen, gradients, strides, numbers, strict=True):
+    def gradients(self, output: torch.Tensor) -> torch.Tensor:
+        """d output / d gate for each sample, (b, groups); `output` is a sum over samples of functions of `logits`."""
+        samples = len(self.logits)
+        total = self.logits.new_zeros(samples, self._groups + 1)
+        for (_, x, axis), dx, stride, number in zip(
+            self._seen, self._backward(output), self._strides, self._numbers, strict=True
+        ):
             if dx is None:  # read by something that the logits do not depend on
                 continue
             product = x.detach() * dx
             by_position = product.flatten(2).sum(2) if axis == 1 else product.flatten(0, -2)
             channels = by_position.shape[1]
-            by_channel = by_position.reshape(-1, len(samples), stride, channels).sum((0, 2))
+            by_channel = by_position.reshape(-1, samples, stride, channels).sum((0, 2))
             total.index_add_(1, number, by_channel)
-        return total[:, : groups.count]
-
-    probabilities = logits.detach().softmax(1)
-    classes = logits.shape[1]
-    if draws is None and classes <= EXACT_CLASSES:
-        jacobian = torch.stack([gate_gradients(logits[:, k].sum()) for k in range(classes)], 1)
-        mean = torch.einsum("bk,bkg->bg", probabilities, jacobian)
-        curvature = torch.einsum("bk,bkg->bg", probabilities, (jacobian - mean[:, None]).square())
-        gradient = mean - jacobian[torch.arange(len(labels)), labels]
-        return BatchStatistics(losses.detach(), gradient, curvature)
-    gradient = gate_gradients(losses.sum())
-    curvature = torch.zeros_like(gradient)
-    for _ in range(draws or DRAWS):
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
-        curvature += gate_gradients(nn.functional.cross_entropy(logits, drawn, reduction="sum")).square()
-    return BatchStatistics(losses.detach(), gradient, curvature / (draws or DRAWS))
+        return total[:, : self._groups]
 
 
 def sample_stride(dx: torch.Tensor | None, samples: int, channels_second: bool) -> int:
@@ -211,3 +124,78 @@ def sample_stride(dx: torch.Tensor | None, samples: int, channels_second: bool) 
     raise InputError(
         "gates cannot be measured: samples of a batch influence one another, or are not along an outer axis"
     )
+
+
+@dataclass(frozen=True)
+class GateJacobian:
+    """Some logits of each sample, (n, m), and their derivatives in all gates, (n, m, groups)."""
+
+    logits: torch.Tensor
+    jacobian: torch.Tensor
+
+
+def classes_looked_at(logits: torch.Tensor, top: int | None) -> torch.Tensor:
+    """The `top` likeliest classes of each sample, likeliest first, int64 (n, m); without `top`, all of them up to
+    `EXACT_CLASSES`, and `TOP_CLASSES` beyond."""
+    classes = logits.shape[1]
+    count = top if top is not None else (classes if classes <= EXACT_CLASSES else TOP_CLASSES)
+    if count >= classes:
+        return torch.arange(classes, device=logits.device).expand(len(logits), -1)
+    return logits.detach().topk(count, 1).indices
+
+
+def jacobian_of(gated: GatedPass, classes: torch.Tensor) -> torch.Tensor:
+    """Derivatives of each sample's logits of `classes`, int64 (b, m), in all gates: (b, m, groups), by one backward
+    pass a column of `classes`."""
+    columns = [gated.logits.gather(1, classes[:, k : k + 1]).sum() for k in range(classes.shape[1])]
+    return torch.stack([gated.gradients(column) for column in columns], 1)
+
+
+def batches_of(x: NDArray[Any], batch_size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """Samples in order, in batches, with the number of each batch's first sample."""
+    for first in range(0, len(x), batch_size):
+        yield first, torch.from_numpy(x[first : first + batch_size]).to(device)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, samples: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Logits (n, classes) of a model in evaluation mode."""
+    return torch.cat([logits_of(model(batch)) for batch in torch.split(samples, batch_size)])
+
+
+def gate_jacobian(
+    model: nn.Module,
+    groups: ChannelGroups,
+    samples: torch.Tensor,
+    classes: torch.Tensor,
+    logits: torch.Tensor,
+    *,
+    relevance: torch.Tensor,
+    threshold: float = 0.0,
+    batch_size: int = 64,
+) -> GateJacobian:
+    """The Jacobian of logits in all gates over a whole calibration set.
+
+    A class that matters to no sample of a batch needs no backward pass: samples are batched by how many matter to them.
+
+    Args:
+        model: in evaluation mode, left as it is. samples: on its device.
+        classes: int64 (n, m), the classes to look at. logits: (n, m), the model's own, of these classes.
+        relevance: (n, m), how much each class matters, beside the model's own prediction of it.
+        threshold: a class below that in both is not looked at; its logit is taken to move as the mean of the others.
+    Returns: tensors on that device; memory is n x m x groups numbers.
+    Raises: InputError: the gates cannot be measured, or a derivative is not finite.
+    """
+    weight = torch.maximum(logits.softmax(1), relevance)
+    by_weight = weight.argsort(dim=1, descending=True, stable=True)
+    needed = (weight > threshold).sum(1).clamp_min(min(2, classes.shape[1]))
+    jacobian = logits.new_zeros(*classes.shape, groups.count)
+    for rows in torch.split(needed.argsort(dim=0, stable=True), batch_size):
+        columns = by_weight[rows, : int(needed[rows].max())]
+        own = jacobian_of(GatedPass(model, groups, samples[rows]), classes[rows].gather(1, columns))
+        share = logits[rows].gather(1, columns).softmax(1)
+        jacobian[rows] = torch.einsum("bk,bkg->bg", share, own)[:, None]
+        jacobian[rows[:, None], columns] = own
+    if not (torch.isfinite(logits).all() and torch.isfinite(jacobian).all()):
+        raise InputError("the network gives NaN or Inf on the calibration data: check the data and the weights")
+    return GateJacobian(logits, jacobian)

@@ -10,13 +10,13 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.checkpoint_io import state_arrays
-from cahfp_cli.significance.gates import Floats, GateStatistics, gate_statistics
 from cahfp_cli.significance.registry import Criterion, Evidence
+from cahfp_cli.significance.statistics import Floats, GateStatistics, gate_statistics
 
 
 @dataclass(frozen=True)
 class Measured:
-    """significance: float64 (groups,). gates: None for a criterion that looks at no data."""
+    """significance: float64 (groups,). gates: None for a criterion that needs none."""
 
     significance: Floats
     gates: GateStatistics | None
@@ -36,6 +36,7 @@ def measure(
     criterion: Criterion,
     calibration: Dataset | None,
     batch_size: int,
+    top: int | None,
     draws: int | None,
     seed: int,
     on_progress: Callable[[int, int], None],
@@ -44,24 +45,25 @@ def measure(
 
     Args:
         model: on the device to compute on.
-        calibration: needed by criteria that look at gates.
+        calibration: needed by criteria that look at data.
     Raises: InputError: a score is not finite, or gates cannot be measured.
     """
     gates = None
-    if criterion.needs_gates:
-        if calibration is None:
-            raise ValueError(f"{criterion.name} needs calibration data")
+    if criterion.needs != "weights" and calibration is None:
+        raise ValueError(f"{criterion.name} needs calibration data")
+    if criterion.needs == "gates" and calibration is not None:
         gates = gate_statistics(
             model,
             groups,
             calibration.x,
             calibration.y,
             batch_size=batch_size,
+            top=top,
             draws=draws,
             seed=seed,
             on_progress=on_progress,
         )
-    significance = criterion.function(Evidence(groups, state_arrays(model), gates, seed))
+    significance = criterion.function(Evidence(model.eval(), groups, state_arrays(model), calibration, gates, seed))
     if not np.isfinite(significance).all():
         raise InputError(f"{criterion.name} gives NaN or Inf for {int((~np.isfinite(significance)).sum())} groups")
     return Measured(significance, gates)

@@ -1,50 +1,60 @@
 """The registry of criteria: what was measured becomes one number a channel group, larger is worth more."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from cahfp_cli.coupling.groups import ChannelGroups
-from cahfp_cli.errors import UsageError
-from cahfp_cli.significance.gates import Floats, GateStatistics
+from cahfp_cli.coupling.groups import KEPT, ChannelGroups
+from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.models.outputs import logits_of
+from cahfp_cli.significance.gates import batches_of
+from cahfp_cli.significance.statistics import Floats, GateStatistics
+
+Needs = Literal["weights", "samples", "gates"]
+"""What a criterion looks at: the weights alone, the network on calibration samples, or gate statistics of those."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What criteria may look at.
 
-    groups: the channel groups; weights: every tensor of the checkpoint by name; gates: None for a criterion that
-    needs no data; seed: for criteria that draw.
+    model: the network, in evaluation mode; groups: its channel groups; weights: every tensor of the checkpoint by
+    name; calibration: None for a criterion that needs only weights; gates: None unless it needs them; seed: for
+    criteria that draw.
     """
 
+    model: nn.Module
     groups: ChannelGroups
     weights: Mapping[str, NDArray[Any]]
+    calibration: Dataset | None
     gates: GateStatistics | None
     seed: int
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named function of the evidence; `needs_gates` says whether calibration data must be run."""
+    """A named function of the evidence."""
 
     name: str
-    needs_gates: bool
+    needs: Needs
     function: Callable[[Evidence], Floats]
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(
-    name: str, *, needs_gates: bool
-) -> Callable[[Callable[[Evidence], Floats]], Callable[[Evidence], Floats]]:
+def criterion(name: str, *, needs: Needs) -> Callable[[Callable[[Evidence], Floats]], Callable[[Evidence], Floats]]:
     """Register a criterion under its name on the command line."""
 
     def register(function: Callable[[Evidence], Floats]) -> Callable[[Evidence], Floats]:
-        CRITERIA[name] = Criterion(name, needs_gates, function)
+        CRITERIA[name] = Criterion(name, needs, function)
         return function
 
     return register
@@ -67,18 +77,85 @@ def gates_of(evidence: Evidence) -> GateStatistics:
     return evidence.gates
 
 
+def calibration_of(evidence: Evidence) -> Dataset:
+    """The samples that a criterion asked for."""
+    if evidence.calibration is None:
+        raise ValueError("this criterion needs calibration samples")
+    return evidence.calibration
+
+
 def group_sums(evidence: Evidence, of: Callable[[NDArray[Any]], NDArray[Any]]) -> Floats:
     """Sum of `of(weight)` over each group's weights (matrices and kernels, not vectors), float64 (groups,).
 
     An element that belongs to two groups, by its input and by its output, counts for both.
     """
-    total = np.zeros(evidence.groups.count + 1)
-    for name, axes in evidence.groups.labels.items():
-        if len(axes) < 2:
-            continue
-        values = of(np.asarray(evidence.weights[name], dtype=np.float64))
-        for axis, labels in enumerate(axes):
-            if (labels >= 0).any():
-                others = tuple(i for i in range(values.ndim) if i != axis)
-                np.add.at(total, labels, values.sum(axis=others))
-    return total[:-1]
+    matrices = (name for name, axes in evidence.groups.labels.items() if len(axes) > 1)
+    return sums_by_group(
+        evidence.groups, ((name, of(np.asarray(evidence.weights[name], dtype=np.float64))) for name in matrices)
+    )
+
+
+def second_order_sums(evidence: Evidence, diagonal: Mapping[str, torch.Tensor]) -> Floats:
+    """1/2 sum of w^2 h_w over each group, for second derivatives h of parameters by name, float64 on the CPU."""
+    return sums_by_group(
+        evidence.groups,
+        (
+            (name, 0.5 * np.square(np.asarray(evidence.weights[name], dtype=np.float64)) * second.numpy())
+            for name, second in diagonal.items()
+        ),
+    )
+
+
+def sums_by_group(groups: ChannelGroups, values: Iterable[tuple[str, NDArray[Any]]]) -> Floats:
+    """Sum over each group of what its elements have in `values`, pairs of a tensor's name and an array of its shape.
+
+    An element counts once for each of its axes that has a group: for both of two groups.
+    """
+    total = np.zeros(groups.count + 1)
+    for name, array in values:
+        for axis, labels in enumerate(groups.labels[name]):
+            if (labels != KEPT).any():
+                others = tuple(i for i in range(array.ndim) if i != axis)
+                np.add.at(total, labels, array.sum(axis=others))
+    return total[:-1]  # the last entry collected what is KEPT
+
+
+def parameters_in_groups(evidence: Evidence) -> dict[str, nn.Parameter]:
+    """The parameters of which some entry belongs to a group, by name; tied ones once, under their first name."""
+    return {
+        name: parameter
+        for name, parameter in evidence.model.named_parameters()
+        if any((labels != KEPT).any() for labels in evidence.groups.labels.get(name, ()))
+    }
+
+
+@contextmanager
+def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """While this lasts, autograd follows the parameters, also frozen ones."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def calibration_losses(evidence: Evidence, batch_size: int) -> Iterator[torch.Tensor]:
+    """Cross-entropies of the calibration samples in order, in nats, a batch (b,) at a time with its graph.
+
+    Raises: InputError: one is not finite (the sample's number is named).
+    """
+    calibration = calibration_of(evidence)
+    device = next(evidence.model.parameters()).device
+    for first, samples in batches_of(calibration.x, batch_size, device):
+        labels = torch.from_numpy(calibration.y[first : first + batch_size]).to(device)
+        losses = nn.functional.cross_entropy(logits_of(evidence.model(samples)), labels, reduction="none")
+        bad = torch.nonzero(~torch.isfinite(losses))
+        if len(bad):
+            raise InputError(
+                f"calibration sample {first + int(bad[0])} gives a non-finite loss: check it and the weights"
+            )
+        yield losses

@@ -1,6 +1,7 @@
 """Gate statistics against explicit gate parameters and autograd's own Jacobians and Hessians, in float64."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch.func import functional_call
 from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.errors import InputError
-from cahfp_cli.significance.gates import gate_statistics
+from cahfp_cli.significance import statistics
+from cahfp_cli.significance.statistics import gate_statistics
 from tests.networks import Attention, Layer, Residual, VisionTransformer, masked, randomise
 
 Flat = nn.Flatten
@@ -124,22 +126,43 @@ def logits_of_gates(model, groups, x):
     return logits
 
 
-def reference(model, groups, x, y):
-    """Per-sample gate gradients (n, groups), Gauss-Newton diagonals (n, groups) and losses (n,)."""
+def explicit(model, groups, x):
+    """Logits (n, classes) and their Jacobians in the gates (n, classes, groups), sample by sample."""
     ones = torch.ones(groups.count, dtype=torch.float64)
+    functions = [logits_of_gates(model, groups, sample) for sample in torch.from_numpy(x)]
+    logits = torch.stack([function(ones).detach() for function in functions])
+    return logits, torch.stack([torch.autograd.functional.jacobian(function, ones) for function in functions])
+
+
+def gauss_newton(logits, jacobian):
+    """Gauss-Newton matrices of single samples, (n, groups, groups)."""
     rows = []
-    for sample, label in zip(torch.from_numpy(x), y, strict=True):
-        logits = logits_of_gates(model, groups, sample)
-        jacobian = torch.autograd.functional.jacobian(logits, ones)
-        p = logits(ones).detach().softmax(0)
-        ggn = jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian
-        gradient = jacobian.T @ (p - nn.functional.one_hot(torch.tensor(label), len(p)))
-        rows.append((gradient, ggn.diagonal(), -p.log()[label]))
-    return [torch.stack(column).numpy() for column in zip(*rows, strict=True)]
+    for own, derivatives in zip(logits, jacobian, strict=True):
+        p = own.softmax(0)
+        rows.append(derivatives.T @ (torch.diag(p) - torch.outer(p, p)) @ derivatives)
+    return torch.stack(rows).numpy()
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+def reference(model, groups, x, y):
+    """Per-sample gate gradients (n, groups), Gauss-Newton matrices (n, groups, groups) and losses (n,)."""
+    logits, jacobian = explicit(model, groups, x)
+    rows = []
+    for own, derivatives, label in zip(logits, jacobian, y, strict=True):
+        p = own.softmax(0)
+        gradient = derivatives.T @ (p - nn.functional.one_hot(torch.tensor(label), len(p)))
+        rows.append((gradient, -p.log()[label]))
+    gradient, losses = (torch.stack(column).numpy() for column in zip(*rows, strict=True))
+    return gradient, gauss_newton(logits, jacobian), losses
+
+
+def close(found, expected, tolerance=1e-6):
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+def products(found):
+    """The Gauss-Newton matrix that the interactions stand for."""
+    rows = found.interactions.astype(np.float64)
+    return rows.T @ rows
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -151,19 +174,66 @@ def test_gates_equal_explicit_gate_parameters(name):
     close(found.gradient, gradient.mean(0))
     close(found.gradient_magnitude, np.abs(gradient).mean(0))
     close(found.gradient_square, (gradient**2).mean(0))
-    close(found.curvature, ggn.mean(0))
+    close(found.gradient_error, gradient.std(0, ddof=1) / np.sqrt(SAMPLES))
+    diagonals = np.stack([np.diag(matrix) for matrix in ggn])
+    close(found.curvature, diagonals.mean(0))
+    close(found.halves, [diagonals[::2].mean(0), diagonals[1::2].mean(0)])
+    close(found.contributions, diagonals.sum(1))
+    close(products(found), ggn.mean(0))
+    assert found.interactions.dtype == np.float32
+    assert found.samples == SAMPLES
     assert found.loss == pytest.approx(losses.mean(), rel=1e-6)
     drawn = gate_statistics(model, groups, x, y, batch_size=SAMPLES, draws=2)
     close(drawn.gradient, gradient.mean(0))
     close(drawn.gradient_square, (gradient**2).mean(0))
+    close(drawn.gradient_error, gradient.std(0, ddof=1) / np.sqrt(SAMPLES))
+
+
+@pytest.mark.parametrize("top", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", ["residual stream", "attention heads behind norms", "tied and transposed weights"])
+def test_top_classes_are_those_of_a_softmax_over_the_likeliest_only(name, top):
+    model, groups, x, y = prepared(name)
+    gradient, _, losses = reference(model, groups, x, y)
+    logits, jacobian = explicit(model, groups, x)
+    ggn = []
+    for own, derivatives in zip(logits, jacobian, strict=True):
+        likeliest = sorted(range(len(own)), key=lambda k: -own[k])[:top]
+        ggn.append(gauss_newton(own[None, likeliest], derivatives[None, likeliest])[0])
+    found = gate_statistics(model, groups, x, y, top=top)
+    close(found.gradient, gradient.mean(0))  # of the whole loss
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-6)
+    if top == 1:
+        assert (found.curvature == 0).all() and (found.interactions == 0).all()
+    else:
+        close(found.curvature, np.diag(np.mean(ggn, 0)))
+        close(products(found), np.mean(ggn, 0))
+
+
+@pytest.mark.parametrize("name", ["residual stream", "tied and transposed weights"])
+def test_drawn_labels_give_the_products_of_their_gradients(name):
+    model, groups, x, y = prepared(name)
+    logits, jacobian = explicit(model, groups, x)
+    p = logits.softmax(1)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.cat([torch.multinomial(p, 1, generator=generator) for _ in range(4)], 1)
+    ggn = np.zeros((groups.count, groups.count))
+    for sample in range(SAMPLES):
+        for label in labels[sample]:
+            gradient = (p[sample] - nn.functional.one_hot(label, p.shape[1])) @ jacobian[sample]
+            ggn += np.outer(gradient, gradient) / (4 * SAMPLES)
+    found = gate_statistics(model, groups, x, y, draws=4, seed=5)
+    close(found.curvature, np.diag(ggn))
+    close(products(found), ggn)
 
 
 @pytest.mark.parametrize("name", ["residual stream", "tied and transposed weights"])
 def test_results_do_not_depend_on_the_batch_size(name):
     model, groups, x, y = prepared(name)
     one, four = (gate_statistics(model, groups, x, y, batch_size=size) for size in (1, 4))
-    for field in ("gradient", "gradient_magnitude", "gradient_square", "curvature"):
+    fields = {field.name for field in dataclasses.fields(one)} - {"interactions"}
+    for field in fields:
         np.testing.assert_allclose(getattr(one, field), getattr(four, field), rtol=1e-9, atol=1e-12)
+    close(products(one), products(four))
 
 
 def test_a_gate_at_zero_is_the_model_without_the_group():
@@ -209,6 +279,55 @@ def test_curvature_is_the_hessian_where_logits_are_linear_in_the_gates():
     np.testing.assert_allclose(found.gradient, torch.autograd.functional.jacobian(loss, ones).numpy(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("draws", [None, 2])
+def test_interactions_are_reduced_to_as_many_rows_as_groups_and_keep_their_products(draws, monkeypatch):
+    model, groups, x, y = linear_softmax()
+    monkeypatch.setattr(statistics, "INTERACTION_BYTES", 4 * 4 * 5 * 5)  # not all at once: of four rows a group
+    rows = []
+    add = statistics.Totals.add
+    monkeypatch.setattr(
+        statistics.Totals, "add", lambda self, first, batch: (rows.append(batch.rows), add(self, first, batch))
+    )
+    found = gate_statistics(model, groups, x, y, batch_size=4, draws=draws)
+    every = torch.cat([batch.flatten(0, 1) for batch in rows])
+    assert every.shape == (40 * (draws or 3), groups.count)
+    assert found.interactions.shape == (groups.count, groups.count) == (5, 5)
+    close(products(found), (every.T @ every / 40).numpy())
+    if draws is None:
+        _, ggn, _ = reference(model, groups, x, y)
+        close(products(found), ggn.mean(0))
+    few = gate_statistics(model, groups, x[:1], y[:1], draws=draws)
+    assert few.interactions.shape == (draws or 3, groups.count)
+
+
+def test_interactions_that_are_too_large_or_not_asked_for_are_left_out(monkeypatch):
+    model, groups, x, y = linear_softmax()
+    kept, without = (gate_statistics(model, groups, x, y, batch_size=4, interactions=asked) for asked in (True, False))
+    monkeypatch.setattr(statistics, "INTERACTION_BYTES", 4 * 3 * groups.count * 4)  # a batch of float32 fits exactly
+    assert gate_statistics(model, groups, x[:4], y[:4], batch_size=4).interactions is not None
+    large = gate_statistics(model, groups, x, y, batch_size=4)
+    assert kept.interactions is not None and without.interactions is None and large.interactions is None
+    for found in (without, large):
+        for field in dataclasses.fields(found):
+            if field.name != "interactions":
+                assert np.array_equal(getattr(found, field.name), getattr(kept, field.name))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 40])
+@pytest.mark.parametrize("how", [{}, {"top": 2}, {"draws": 2}])
+def test_halves_and_contributions_add_up_to_the_curvature(samples, how):
+    model, groups, x, y = linear_softmax()
+    found = gate_statistics(model, groups, x[:samples], y[:samples], batch_size=3, **how)
+    even, odd = (samples + 1) // 2, samples // 2
+    np.testing.assert_allclose((even * found.halves[0] + odd * found.halves[1]) / samples, found.curvature, rtol=1e-12)
+    assert found.contributions.shape == (samples,)
+    assert found.contributions.sum() == pytest.approx(samples * found.curvature.sum(), rel=1e-12)
+    alone = [gate_statistics(model, groups, x[i : i + 1], y[i : i + 1]).curvature for i in range(samples)]
+    if not how:
+        np.testing.assert_allclose(found.contributions, np.sum(alone, 1), rtol=1e-9)
+        np.testing.assert_allclose(found.halves[0], np.mean(alone[::2], 0), rtol=1e-9)
+
+
 def test_draws_converge_to_the_exact_curvature_at_the_rate_of_a_mean():
     model, groups, x, y = linear_softmax()
     exact = gate_statistics(model, groups, x, y).curvature
@@ -231,13 +350,22 @@ def test_draws_follow_the_seed_and_nothing_else_does():
     assert np.array_equal(*exact)
 
 
-def test_many_classes_are_drawn():
+@pytest.mark.parametrize(("classes", "top"), [(16, 16), (17, 3)])
+def test_of_more_than_16_classes_the_three_likeliest_are_looked_at(classes, top):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 17)).double().eval()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, classes)).double().eval()
     groups = analyse(model, (4,), torch.float64).groups
     x, y = np.random.default_rng(0).normal(size=(8, 4)), np.arange(8)
-    chosen, eight = gate_statistics(model, groups, x, y), gate_statistics(model, groups, x, y, draws=8)
-    assert np.array_equal(chosen.curvature, eight.curvature)
+    chosen, asked = gate_statistics(model, groups, x, y), gate_statistics(model, groups, x, y, top=top)
+    assert np.array_equal(chosen.curvature, asked.curvature)
+    logits, jacobian = explicit(model, groups, x)
+    likeliest = logits.argsort(1, descending=True)[:, :top]
+    restricted = torch.stack([own[rows] for own, rows in zip(jacobian, likeliest, strict=True)])
+    close(products(chosen), gauss_newton(logits.gather(1, likeliest), restricted).mean(0))
+    close(chosen.gradient, reference(model, groups, x, y)[0].mean(0))
+    all_of_them = gate_statistics(model, groups, x, y, top=classes)
+    close(all_of_them.curvature, np.diag(gauss_newton(logits, jacobian).mean(0)))
+    assert np.array_equal(chosen.curvature, all_of_them.curvature) == (classes == 16)
 
 
 def test_the_model_is_left_as_it_is_and_frozen_weights_do_not_matter():
@@ -279,5 +407,6 @@ def test_a_network_without_channels_to_prune_has_no_gates():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
     groups = analyse(model, (4,), torch.float64).groups
     found = gate_statistics(model, groups, np.zeros((2, 4)), np.zeros(2, np.int64))
-    assert found.curvature.shape == (0,)
+    assert found.curvature.shape == found.gradient_error.shape == (0,)
+    assert products(found).shape == (0, 0)
     assert np.isfinite(found.loss)

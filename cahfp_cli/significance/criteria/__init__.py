@@ -1,5 +1,33 @@
 """One file a criterion; importing this package fills the registry."""
 
-from cahfp_cli.significance.criteria import gate_fisher, gate_ggn, gate_taylor, l1, l2, random
+from cahfp_cli.significance.criteria import (
+    bn_scale,
+    gate_fisher,
+    gate_ggn,
+    gate_loss,
+    gate_magnitude,
+    gate_taylor,
+    gate_taylor_signed,
+    l1,
+    l2,
+    lamp,
+    obd,
+    random,
+    weight_fisher,
+)
 
-__all__ = ["gate_fisher", "gate_ggn", "gate_taylor", "l1", "l2", "random"]
+__all__ = [
+    "bn_scale",
+    "gate_fisher",
+    "gate_ggn",
+    "gate_loss",
+    "gate_magnitude",
+    "gate_taylor",
+    "gate_taylor_signed",
+    "l1",
+    "l2",
+    "lamp",
+    "obd",
+    "random",
+    "weight_fisher",
+]

@@ -1,10 +1,10 @@
 """Half the empirical Fisher diagonal in gate space, 1/2 E[(dL/dz)^2] with the true labels."""
 
-from cahfp_cli.significance.gates import Floats
 from cahfp_cli.significance.registry import Evidence, criterion, gates_of
+from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("gate-fisher", needs_gates=True)
+@criterion("gate-fisher", needs="gates")
 def gate_fisher(evidence: Evidence) -> Floats:
     """Half the empirical Fisher diagonal in gate space, 1/2 E[(dL/dz)^2] with the true labels.
 

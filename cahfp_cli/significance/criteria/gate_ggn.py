@@ -1,10 +1,10 @@
 """Half the gate-space Gauss-Newton diagonal."""
 
-from cahfp_cli.significance.gates import Floats
 from cahfp_cli.significance.registry import Evidence, criterion, gates_of
+from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("gate-ggn", needs_gates=True)
+@criterion("gate-ggn", needs="gates")
 def gate_ggn(evidence: Evidence) -> Floats:
     """Half the gate-space Gauss-Newton diagonal, 1/2 E[J' (diag p - p p') J] (Schraudolph 2002).
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from cahfp_cli.significance.gates import Floats
 from cahfp_cli.significance.registry import Evidence, criterion, group_sums
+from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("l1", needs_gates=False)
+@criterion("l1", needs="weights")
 def l1(evidence: Evidence) -> Floats:
     """Sum of the absolute weights of the group (Li et al. 2017).
 

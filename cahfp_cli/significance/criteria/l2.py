@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from cahfp_cli.significance.gates import Floats
 from cahfp_cli.significance.registry import Evidence, criterion, group_sums
+from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("l2", needs_gates=False)
+@criterion("l2", needs="weights")
 def l2(evidence: Evidence) -> Floats:
     """Euclidean norm of the weights of the group (group magnitude; Fang et al. 2023).
 

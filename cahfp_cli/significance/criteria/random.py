@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from cahfp_cli.significance.gates import Floats
 from cahfp_cli.significance.registry import Evidence, criterion
+from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("random", needs_gates=False)
+@criterion("random", needs="weights")
 def random(evidence: Evidence) -> Floats:
     """Uniform noise, the baseline that every criterion must beat.
 

@@ -1,0 +1,1 @@
+"""Figures. They need matplotlib (the extra `plots`), but no torch."""

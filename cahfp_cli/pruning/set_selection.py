@@ -1,0 +1,226 @@
+"""Selection that sees the set: what a group is worth depends on the groups that went before it.
+
+In each of several rounds the network, as it is by then, is linearised in its gates; groups are removed down to this
+round's share of the budget; and the gates of the survivors are moved to take over what was removed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from cahfp_cli.coupling.analysis import Analysis, cut
+from cahfp_cli.coupling.groups import ChannelGroups
+from cahfp_cli.coupling.slicing import slice_module
+from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.device.cost import Cost, CostModel
+from cahfp_cli.pruning.budget import Budget, Limits, limits_of, values_of
+from cahfp_cli.pruning.compensation import DAMPING, FoldedWeights, Gates, compensated, foldable, gauss_newton
+from cahfp_cli.pruning.greedy import Target, remove_to_fit
+from cahfp_cli.pruning.linearised import Linearised, Quadratic, divergence
+from cahfp_cli.pruning.selection import Selection, Widths, check_reachable, finished, widest
+from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
+
+Model = Literal["linear", "quadratic"]
+"""How removal is predicted within a round: the softmax of linearised logits, or the quadratic form."""
+Reference = Literal["network", "labels"]
+"""What predictions are compared with: those of the full network, or the labels."""
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """How to select.
+
+    rounds: linearisations on the way. polish: rounds of compensation alone after them.
+    compensate: whether the gates of survivors move. model, reference: see their types.
+    at_once: calibration samples that a round looks at. damping: of compensation, see pruning/compensation.py.
+    relevance: a class that both the reference and the network give less than this has no backward pass.
+    batch_size: of the passes.
+    """
+
+    rounds: int = 15
+    polish: int = 1
+    compensate: bool = True
+    model: Model = "linear"
+    reference: Reference = "network"
+    at_once: int = 256
+    damping: float = DAMPING
+    relevance: float = 1e-3
+    batch_size: int = 64
+
+
+FRONT_LOADING = 0.6
+"""The share of the budget that is reached after a share `s` of the rounds is s to this power: the first groups to go
+cost little, the last ones need the finer steps."""
+FORWARD_BATCHES = 4
+"""Batches of forward passes alone are so many times larger: they keep no activations."""
+
+
+def select_set(
+    model: nn.Module,
+    analysis: Analysis,
+    cost: CostModel,
+    budget: Budget,
+    calibration: Dataset,
+    options: SetOptions | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Selection:
+    """Choose the groups to keep, and the gates that compensate for the others.
+
+    Args:
+        model: in evaluation mode on the device to compute on; left as it is.
+        analysis: of it. cost: what candidate widths cost. budget: all its limits hold in the result.
+        calibration: samples that are like those the network will see; labels count only for that reference.
+    Returns: a selection with gates, float64 (groups,), 1 where nothing changed, and with the predicted and measured
+        divergence from the reference on the calibration samples.
+    Raises:
+        BudgetError: the narrowest network is already too much.
+        InputError: gates cannot be measured, or outputs are not finite.
+    """
+    options = options or SetOptions()
+    full_widths = np.asarray(cost.workload.full_widths, dtype=np.int64)
+    full = cost.cost(full_widths)
+    limits = limits_of(budget, full)
+    least = np.minimum(full_widths, analysis.groups.narrowest)
+    most = widest(budget, full_widths, least)
+    check_reachable(cost, limits, least)
+    network = PrunedNetwork(model, analysis, calibration, options)
+    rounds = options.rounds + (options.polish if options.compensate else 0)
+    predicted = measured = 0.0
+    for done in range(1, rounds + 1):
+        linearised = network.linearised()
+        if done <= options.rounds:
+            share = (done / options.rounds) ** FRONT_LOADING
+            width_limit = full_widths - np.floor((full_widths - most) * share).astype(np.int64)
+            predicted, measured = network.remove(linearised, cost, Target(towards(limits, full, share), least, width_limit))
+        if options.compensate:
+            network.compensate(linearised)
+        on_progress(done, rounds)
+    selection = finished(network.kept, cost, network.widths(), limits, budget)
+    return replace(selection, gates=network.gates, predicted=predicted, measured=network.divergence())
+
+
+def towards(limits: Limits, full: Cost, share: float) -> Limits:
+    """Limits on the way from the full network's costs to `limits`, by equal factors; share 1 is there."""
+
+    def between(name: str, limit: float) -> float:
+        whole = float(values_of(full, name))
+        return limit if share == 1.0 or limit >= whole else whole * (limit / whole) ** share
+
+    return Limits({name: between(name, limit) for name, limit in limits.by_name.items()})
+
+
+class PrunedNetwork:
+    """The compact network on its way: which groups are left, their gates, and its logits on some calibration samples.
+
+    Each round looks at samples of its own, as many as `options.at_once`, and its compensation is judged on the next
+    round's: what fits only the samples that it was made from is not taken.
+
+    kept: boolean (groups,). gates: float64 (groups,).
+    """
+
+    def __init__(self, model: nn.Module, analysis: Analysis, calibration: Dataset, options: SetOptions) -> None:
+        """Nothing removed yet."""
+        self._full, self._analysis, self._options = model.eval(), analysis, options
+        device = next(model.parameters()).device
+        self._samples = torch.from_numpy(calibration.x).to(device)
+        logits = predict(model, self._samples, options.batch_size)
+        labels = torch.from_numpy(calibration.y).to(device) if options.reference == "labels" else None
+        self._classes, self._reference = compared(logits, labels)
+        self._movable = foldable(model, analysis)
+        self._round = 0
+        self.kept = np.ones(analysis.groups.count, dtype=bool)
+        self.gates = np.ones(analysis.groups.count)
+        self._compact, self._groups = self._cut()
+        self._weights = FoldedWeights(self._compact, self._groups)
+
+    def widths(self) -> Widths:
+        """Groups left of each family."""
+        return self._analysis.groups.widths(self.kept)
+
+    def divergence(self) -> float:
+        """Measured divergence from the reference on all calibration samples, nats."""
+        return divergence(self._reference, self._logits(torch.arange(len(self._samples))))
+
+    def linearised(self) -> Linearised:
+        """The network in its gates as it is now, on the next round's samples."""
+        self._round += 1
+        rows = self._rows(self._round)
+        found = gate_jacobian(
+            self._compact,
+            self._groups,
+            self._samples[rows],
+            self._classes[rows],
+            self._logits(rows),
+            relevance=self._reference[rows],
+            threshold=self._options.relevance,
+            batch_size=self._options.batch_size,
+        )
+        return Linearised(found, self._reference[rows])
+
+    def remove(self, linearised: Linearised, cost: CostModel, target: Target) -> tuple[float, float]:
+        """Remove groups down to the target; returns the predicted divergence and the measured one, which then
+        `linearised` has too."""
+        removal = Quadratic.of(linearised) if self._options.model == "quadratic" else linearised
+        remove_to_fit(removal, self._groups.family, cost, self.widths(), target)
+        predicted = removal.divergence()
+        linearised.alive = removal.alive
+        self.kept[np.flatnonzero(self.kept)[~removal.alive.cpu().numpy()]] = False
+        self._compact, self._groups = self._cut()
+        self._weights = FoldedWeights(self._compact, self._groups)
+        self._weights.set(self.gates[self.kept])
+        linearised.recentre(self._logits(self._rows(self._round)))
+        return predicted, linearised.divergence()
+
+    def compensate(self, linearised: Linearised) -> None:
+        """Move the gates of the survivors where that brings the predictions closer to the reference."""
+        alive = linearised.alive.cpu().numpy()
+        numbers = np.flatnonzero(self.kept)
+        movable = np.zeros(len(alive), dtype=bool)
+        movable[alive] = self._movable[numbers]
+        change = gauss_newton(linearised, movable, self._options.damping)[alive]
+        rows = self._rows(self._round + 1)
+
+        def divergence_at(gates: Gates) -> float:
+            self._weights.set(gates)
+            return divergence(self._reference[rows], self._logits(rows))
+
+        now = divergence_at(self.gates[numbers])
+        self.gates[numbers] = compensated(self.gates[numbers], change, now, divergence_at)
+        self._weights.set(self.gates[numbers])
+
+    def _rows(self, number: int) -> torch.Tensor:
+        """The samples of a round: one stretch after the other, around and around."""
+        count = min(self._options.at_once, len(self._samples))
+        return (torch.arange(count) + number * count) % len(self._samples)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """The compact network's logits of the classes looked at, (len(rows), m)."""
+        logits = predict(self._compact, self._samples[rows], FORWARD_BATCHES * self._options.batch_size)
+        return logits.gather(1, self._classes[rows])
+
+    def _cut(self) -> tuple[nn.Module, ChannelGroups]:
+        """The compact network of the groups that are left, with the groups as it has them."""
+        groups = self._analysis.groups
+        if self._analysis.rewritten:  # its code must be told the new widths, which takes a run on shapes
+            compact, _ = cut(self._full, self._analysis, self.kept)
+        else:
+            compact = slice_module(self._full, groups.indices(self.kept)).eval()
+        return compact, groups.restricted(self.kept)
+
+
+def compared(logits: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes to look at, int64 (n, m), and the reference among them, (n, m), each row of which sums to 1.
+
+    Args: logits: (n, classes), of the full network; labels: (n,), or None for its own predictions as reference.
+    """
+    classes = classes_looked_at(logits, None)
+    if labels is None:
+        return classes, logits.gather(1, classes).softmax(1)
+    missing = ~(classes == labels[:, None]).any(1)
+    classes = classes.clone()
+    classes[missing, -1] = labels[missing]  # in place of the least likely one
+    return classes, (classes == labels[:, None]).to(logits.dtype)

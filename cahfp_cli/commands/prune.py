@@ -1,9 +1,9 @@
 """`cahfp prune`: one submodel for each device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
     from cahfp_cli.commands.networks import Network
     from cahfp_cli.coupling.analysis import Analysis
+    from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.device.cost import Cost
     from cahfp_cli.device.profile import DeviceProfile
     from cahfp_cli.pruning.budget import Budget
     from cahfp_cli.pruning.selection import Selection
+    from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.significance.scores import Scores
     from cahfp_cli.training.evaluation import Metrics
 
 
 T = TypeVar("T")
+SelectionName = Literal["linear", "quadratic", "independent"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,25 @@ def prune(
     macs: Annotated[str | None, typer.Option(help="Multiply-accumulates: a share (0.5) or a count (30M).")] = None,
     params: Annotated[str | None, typer.Option(help="Stored numbers: a share (0.3) or a count (1.2M).")] = None,
     keep: Annotated[str | None, typer.Option(help="Share of the channels of every layer, e.g. 0.5.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Samples to select and compensate on (no labels needed), e.g. digits@train."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="So many of them.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the network is linearised anew.")] = 15,
+    selection: Annotated[
+        str,
+        typer.Option(help="linear | quadratic | independent; auto: linear with --calibration, else independent."),
+    ] = "auto",
+    reference: Annotated[
+        str, typer.Option(help="What predictions are compared with: network (the full one's) | labels.")
+    ] = "network",
+    compensate: Annotated[
+        bool, typer.Option("--compensate/--no-compensate", help="Let surviving channels take over.")
+    ] = True,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Measure batch-norm statistics anew on --calibration.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option("--data", help="Measure accuracy before and after on this data, e.g. digits@test.")
     ] = None,
@@ -68,8 +90,10 @@ def prune(
     input_shape: options.InputShape = None,
     classes: options.Classes = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
+    batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
     force: options.Force = False,
@@ -85,6 +109,7 @@ def prune(
     profiles = [load_profile(name) for name in profile or []]
     budget = parse_budget(latency, memory, storage, macs, params, keep)
     targets = make_targets(profiles, budget, output)
+    chosen = check_selection(selection, reference, calibration, recalibrate)
     check_targets(targets, output, force)
     check_there(checkpoint)
     if checkpoint.is_dir():
@@ -97,9 +122,12 @@ def prune(
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.models.checkpoint_io import to_array
     from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.pruning.submodel import gather_all, make_index_map, write_submodel
-    from cahfp_cli.training.device import pick_device, use_threads
+    from cahfp_cli.pruning.set_selection import SetOptions
+    from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
+    from cahfp_cli.significance.measure import subset
+    from cahfp_cli.training.device import pick_device, repeatable, use_threads
     from cahfp_cli.training.evaluation import evaluate
+    from cahfp_cli.training.recalibration import recalibrate as recalibrate_norms
 
     use_threads(threads)
     where = pick_device(device)
@@ -113,8 +141,29 @@ def prune(
             f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
             f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
         )
-    significance = scored.significance
-    selections = [choose(target, significance, network, analysis) for target in targets]
+    if chosen == "quadratic" and calibration is None and scored.interactions is None:
+        raise InputError(
+            f"{scores}: it has no interactions, so sets cannot be told apart.\nScore again with gate-ggn and without "
+            "--no-interactions, or pass --calibration SPEC."
+        )
+    samples_of = None
+    if calibration is not None:
+        found = load_data(calibration, data_root=data_root)
+        check_fits(found, network.input_shape, network.classes)
+        samples_of = subset(found, samples, seed)
+    how = SetOptions(
+        rounds=rounds,
+        compensate=compensate,
+        model="quadratic" if chosen == "quadratic" else "linear",
+        reference="labels" if reference == "labels" else "network",
+        batch_size=batch_size,
+    )
+    selections = []
+    network.model.to(where)
+    with repeatable(seed, where), console.progress("selecting") as progress:
+        for number, target in enumerate(targets):
+            done = steps_of(progress, number, len(targets))
+            selections.append(choose(target, scored, network, analysis, chosen, samples_of, how, done))
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
@@ -123,18 +172,24 @@ def prune(
     limits = given(
         {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
     )
+    settings: Json = {"selection": chosen}
+    if calibration is not None:
+        settings |= {"calibration": portable(calibration), "samples": samples, "seed": seed, "batch_size": batch_size}
+        settings |= {"rounds": rounds, "compensate": compensate, "reference": reference, "recalibrate": recalibrate}
     reports = []
     with console.progress("pruning") as progress:
-        for target, selection in zip(targets, selections, strict=True):
-            submodel, rewrites = cut(network.model, analysis, selection.kept)
-            index_map = make_index_map(arrays, analysis.groups, selection.kept, network.digest, rewrites)
+        for target, picked in zip(targets, selections, strict=True):
+            submodel, rewrites = cut(network.model, analysis, picked.kept)
+            index_map = make_index_map(arrays, analysis.groups, picked.kept, network.digest, rewrites, picked.gates)
             compact = gather_all(arrays, index_map)
+            with_arrays(submodel, compact)
+            if recalibrate and samples_of is not None and recalibrate_norms(submodel, samples_of.x, 2 * batch_size):
+                compact = trained_arrays(submodel, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
-            report = describe(target, selection, significance, analysis, before, after, shown_data)
+            report = describe(target, picked, settings, scored.significance, analysis, before, after, shown_data)
             if not dry_run:
-                origin = provenance(
-                    "prune", {**limits, **given({"profile": target.name, "data": shown_data})}, (*network.files, scores)
-                )
+                asked = {**limits, **settings, **given({"profile": target.name, "data": shown_data})}
+                origin = provenance("prune", asked, (*network.files, scores))
                 metadata = SubmodelMetadata(
                     model=recorded(network.spec),
                     input_shape=network.input_shape,
@@ -153,7 +208,7 @@ def prune(
                     metadata,
                     report,
                     onnx=onnx,
-                    storage_limit=selection.limits.by_name.get("storage"),
+                    storage_limit=picked.limits.by_name.get("storage"),
                     force=force,
                 )
             reports.append({"folder": str(target.folder), **report})
@@ -228,18 +283,54 @@ def belong_together(scores: "Scores", network: "Network", analysis: "Analysis") 
     return scores.metadata.checkpoint == network.digest and np.array_equal(scores.family, analysis.groups.family)
 
 
+def check_selection(selection: str, reference: str, calibration: str | None, recalibrate: bool) -> "SelectionName":
+    """The way to select that `--selection` means. Raises: UsageError: there is no such way, or it lacks samples."""
+    if reference not in ("network", "labels"):
+        raise UsageError(f"--reference {reference}: choose network or labels.")
+    for name, needs in {"--recalibrate": recalibrate, "--reference labels": reference == "labels"}.items():
+        if needs and calibration is None:
+            raise UsageError(f"{name} needs --calibration SPEC, samples to run the network on.")
+    match selection:
+        case "auto":
+            return "linear" if calibration is not None else "independent"
+        case "linear" if calibration is None:
+            raise UsageError("--selection linear needs --calibration SPEC, samples to run the network on.")
+        case "linear" | "quadratic" | "independent":
+            return selection
+    raise UsageError(f"--selection {selection}: choose auto, linear, quadratic or independent.")
+
+
+def steps_of(progress: Callable[[int, int], None], number: int, of: int) -> Callable[[int, int], None]:
+    """Progress of one of several equal parts, as progress of the whole."""
+    return lambda done, total: progress(number * total + done, of * total)
+
+
 def choose(
-    target: Target, significance: "NDArray[np.float64]", network: "Network", analysis: "Analysis"
+    target: Target,
+    scored: "Scores",
+    network: "Network",
+    analysis: "Analysis",
+    selection: "SelectionName",
+    calibration: "Dataset | None",
+    how: "SetOptions",
+    on_progress: Callable[[int, int], None],
 ) -> "Selection":
     """Select the groups for one device. Raises: BudgetError: the smallest network does not fit; the device is named."""
     from cahfp_cli.device.cost import compile_workload
     from cahfp_cli.device.workload import make_workload
     from cahfp_cli.pruning.selection import select
+    from cahfp_cli.pruning.set_selection import select_from_interactions, select_set
 
     itemsizes = {name: tensor.element_size() for name, tensor in network.model.state_dict().items()}
-    model = compile_workload(make_workload(analysis, itemsizes), target.profile)
+    cost = compile_workload(make_workload(analysis, itemsizes), target.profile)
+    groups = analysis.groups
     try:
-        return select(significance, analysis.groups.family, model, target.budget, analysis.groups.narrowest)
+        if selection == "independent":
+            return select(scored.significance, groups.family, cost, target.budget, groups.narrowest)
+        if calibration is not None:
+            return select_set(network.model, analysis, cost, target.budget, calibration, how, on_progress)
+        assert scored.interactions is not None  # checked before
+        return select_from_interactions(scored.interactions, groups, cost, target.budget)
     except BudgetError as error:
         raise BudgetError(f"{target.name}: {error}" if target.name else str(error)) from None
 
@@ -247,6 +338,7 @@ def choose(
 def describe(
     target: Target,
     selection: "Selection",
+    settings: Json,
     significance: "NDArray[np.float64]",
     analysis: "Analysis",
     before: "Metrics | None",
@@ -262,6 +354,8 @@ def describe(
         "budget": {"met": True, "limits": selection.limits.by_name, "keep": target.budget.keep},
         "binding": selection.binding,
         "groups": {"kept": int(selection.kept.sum()), "of": groups.count},
+        "kept_groups": selection.kept.nonzero()[0].tolist(),
+        "selection": settings,
         "widths": [
             {"family": name, "kept": kept, "of": whole}
             for name, kept, whole in zip(groups.names, widths, full, strict=True)
@@ -270,6 +364,11 @@ def describe(
         "full": costs(selection.full),
         "significance_removed": float(significance[~selection.kept].sum()),
     }
+    if selection.prediction is not None:
+        report["divergence"] = asdict(selection.prediction)
+    if selection.gates is not None:
+        moved = selection.gates[selection.kept]
+        report["compensation"] = {"gates_moved": int((moved != 1).sum()), "least": moved.min(), "greatest": moved.max()}
     if before is not None and after is not None:
         report["evaluation"] = {
             "data": data,

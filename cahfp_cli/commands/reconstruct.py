@@ -34,6 +34,13 @@ def reconstruct(
             help="Weight of a client instead of its recorded number of examples; may be repeated.",
         ),
     ] = None,
+    keep_compensation: Annotated[
+        bool,
+        typer.Option(
+            "--keep-compensation",
+            help="Merge the compensated weights as they are, instead of taking out what made up for removed groups.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
@@ -50,6 +57,8 @@ def reconstruct(
     options: dict[str, Any] = {"rule": rule}
     if weights:
         options["weights"] = sorted([folder.resolve().name, number] for folder, number in weights.items())
+    if keep_compensation:
+        options["keep_compensation"] = True
     with console.progress("merging") as progress:
         report = merge.reconstruct(
             global_checkpoint,
@@ -57,6 +66,7 @@ def reconstruct(
             output,
             rule=rule,
             weights=weights,
+            keep_compensation=keep_compensation,
             force=force,
             provenance=provenance("reconstruct", options, [global_checkpoint, *submodels]),
             on_progress=progress,
@@ -92,9 +102,8 @@ def _human(report: "ReconstructionReport") -> str:
         for count, who in ((entries.all, "all clients"), (entries.some, "some"), (entries.none, "none"))
     )
     outcome = f"wrote {report.output}" if report.digest else f"all fits; not written (--dry-run): {report.output}"
-    return "\n".join(
-        [table(["client", "examples", "kept"], rows), "", f"entries held: {shares}", f"rule: {report.rule}", outcome]
-    )
+    rule = f"rule: {report.rule}" + (", compensation kept" if report.keep_compensation else "")
+    return "\n".join([table(["client", "examples", "kept"], rows), "", f"entries held: {shares}", rule, outcome])
 
 
 def _machine(report: "ReconstructionReport") -> dict[str, Any]:
@@ -102,6 +111,7 @@ def _machine(report: "ReconstructionReport") -> dict[str, Any]:
         "output": str(report.output),
         "written": report.digest is not None,
         "rule": report.rule,
+        "keep_compensation": report.keep_compensation,
         "digest": report.digest,
         "clients": [
             {"folder": str(client.folder), "num_examples": client.num_examples, "kept": client.kept}

@@ -1,12 +1,15 @@
 """`cahfp score`: what each channel group is worth."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.output import Console, Json
+from cahfp_cli.output import Console, Json, table
+
+if TYPE_CHECKING:
+    from cahfp_cli.significance.trust import Trust
 
 
 def score(
@@ -16,13 +19,27 @@ def score(
     data: options.Data = "digits@train",
     data_root: options.DataRoot = None,
     criterion: Annotated[
-        str, typer.Option(help="gate-ggn | gate-fisher | gate-taylor | l1 | l2 | random")
+        str,
+        typer.Option(
+            help="gate-ggn | gate-loss | gate-fisher | gate-magnitude | gate-taylor | gate-taylor-signed | "
+            "weight-fisher | obd | bn-scale | lamp | l1 | l2 | random"
+        ),
     ] = "gate-ggn",
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples, drawn from --data.")] = 256,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Further samples of --data, on which the scores are put to the test.")
+    ] = 256,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."),
+    ] = None,
     draws: Annotated[
         int | None,
         typer.Option(min=1, help="Estimate the curvature from so many drawn labels a sample, not class by class."),
     ] = None,
+    interactions: Annotated[
+        bool, typer.Option("--interactions/--no-interactions", help="Keep how groups stand in for one another.")
+    ] = True,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
@@ -46,6 +63,10 @@ def score(
     check_there(checkpoint)
     if checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a folder: scores are measured on the global checkpoint.")
+    if top is not None and draws is not None:
+        raise UsageError("--top and --draws exclude each other: either classes or drawn labels.")
+
+    from dataclasses import asdict
 
     import numpy as np
 
@@ -53,20 +74,22 @@ def score(
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.significance.measure import measure, subset
+    from cahfp_cli.significance.measure import measure, split
     from cahfp_cli.significance.registry import find_criterion
-    from cahfp_cli.significance.scores import Scores, ScoresMetadata, write_scores
+    from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, write_scores
+    from cahfp_cli.significance.statistics import Measuring
+    from cahfp_cli.significance.trust import trust
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
 
     chosen = find_criterion(criterion)
     use_threads(threads)
     where = pick_device(device)
     network = open_network(checkpoint, model, model_arg, input_shape, classes)
-    calibration = None
-    if chosen.needs_gates:
+    calibration, others = None, None
+    if chosen.needs != "weights":
         dataset = load_data(data, data_root=data_root)
         check_fits(dataset, network.input_shape, network.classes)
-        calibration = subset(dataset, samples, seed)
+        calibration, others = split(dataset, samples, held_out, seed)
         if len(calibration) < samples:
             console.warn(f"{data} has only {len(calibration)} samples, fewer than --samples {samples}")
     analysis = analyse(network.model, network.input_shape)
@@ -74,15 +97,24 @@ def score(
         raise InputError(f"{checkpoint}: no channel group of this network can be pruned.")
     network.model.to(where)
     with repeatable(seed, where), console.progress("scoring") as progress:
-        found = measure(network.model, analysis.groups, chosen, calibration, batch_size, draws, seed, progress)
+        how = Measuring(batch_size, top, draws, interactions, seed)
+        found = measure(network.model, analysis.groups, chosen, calibration, how, progress)
+        judged = None
+        if found.gates is not None:
+            judged = trust(network.model, analysis, found.gates, others.x if others else None, batch_size)
+    for warning in judged.warnings() if judged else ():
+        console.warn(f"{warning}; more --samples may help")
     recorded: Json = {"criterion": criterion, "seed": seed}
-    if chosen.needs_gates:
-        recorded |= given({"data": portable(data), "samples": samples, "draws": draws, "batch_size": batch_size})
+    if calibration is not None:
+        recorded |= given({"data": portable(data), "samples": samples, "batch_size": batch_size})
+    if found.gates is not None:
+        recorded |= given({"held_out": held_out, "top": top, "draws": draws})
     metadata = ScoresMetadata(
         checkpoint=network.digest,
         criterion=criterion,
-        samples=found.gates.samples if found.gates else None,
+        samples=len(calibration) if calibration is not None else None,
         loss=found.gates.loss if found.gates else None,
+        trust=TrustRecord.model_validate(asdict(judged)) if judged else None,
         families=analysis.groups.names,
         provenance=provenance("score", recorded, network.files),
     )
@@ -91,8 +123,10 @@ def score(
         found.significance,
         analysis.groups.family,
         analysis.groups.sizes(),
-        found.gates.gradient if found.gates else None,
-        found.gates.curvature if found.gates else None,
+        gradient=found.gates.gradient if found.gates else None,
+        gradient_error=found.gates.gradient_error if found.gates else None,
+        curvature=found.gates.curvature if found.gates else None,
+        interactions=found.gates.interactions if found.gates else None,
     )
     with atomic_file(output, force) as temporary:
         write_scores(temporary, scores)
@@ -100,7 +134,7 @@ def score(
     families = len(analysis.groups.names)
     console.result(
         f"{output}: {analysis.groups.count} channel groups in {families} families, {criterion} "
-        f"from {spread[0]:.3g} to {spread[2]:.3g} (median {spread[1]:.3g})",
+        f"from {spread[0]:.3g} to {spread[2]:.3g} (median {spread[1]:.3g})" + (shown(judged) if judged else ""),
         {
             "output": str(output),
             "checkpoint": network.digest,
@@ -109,6 +143,18 @@ def score(
             "families": families,
             "samples": metadata.samples,
             "loss": metadata.loss,
+            "trust": asdict(judged) if judged else None,
             "significance": {"min": spread[0], "median": spread[1], "max": spread[2]},
         },
     )
+
+
+def shown(judged: "Trust") -> str:
+    """How far the scores can be trusted, for people."""
+    head = f"\nreliability {judged.reliability:.3f}, {judged.effective_samples:.0f} effective samples"
+    if not judged.sets:
+        return f"{head}; not put to the test, which takes held-out samples and interactions"
+    rows = [
+        [f"{s.share:.0%} of each layer", str(s.groups), f"{s.predicted:.4f}", f"{s.measured:.4f}"] for s in judged.sets
+    ]
+    return f"{head}\n\n{table(['removed', 'groups', 'predicted, nats', 'measured, held out'], rows)}"

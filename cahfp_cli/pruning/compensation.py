@@ -28,7 +28,7 @@ SAME_NUMBERS = frozenset(
 )
 """Operators through which a weight reaches a product as it is."""
 
-DAMPING = 0.03
+DAMPING = 0.2
 """Of the Gauss-Newton step, as a share of the mean curvature."""
 LARGEST_CHANGE = 0.5
 LEAST_GATE, GREATEST_GATE = 0.25, 4.0

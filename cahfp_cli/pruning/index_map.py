@@ -4,18 +4,18 @@ Pure data: using a map needs no model code and no torch. In the file each distin
 `index.0`, `index.1`, ... (int32); the metadata key `cahfp` holds the table from tensor names to arrays.
 
 A submodel whose surviving channels were compensated for the removed ones has *factors*: along an axis of a weight, what
-each surviving slice was multiplied with (`factor.0`, ..., float32). `scatter` takes them out again, so that what
-compensated one device's submodel never reaches the global checkpoint.
+each surviving slice was multiplied with (`factor.0`, ..., float32). `scatter` and reconstruction take them out again,
+so that what compensated one device's submodel never reaches the global checkpoint.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metadata, read_metadata
@@ -31,14 +31,15 @@ Selector = tuple[slice | NDArray[np.intp], ...]
 
 INDEX, FACTOR = "index", "factor"
 LEAST_FACTOR = 2.0**-6
-"""Factors are within this and its inverse: what a client changed is divided by them."""
+"""All factors of an entry together are within this and its inverse: what a client changed is divided by them."""
+STATISTICS = frozenset({"running_mean", "running_var"})
 
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
     """One tensor: `shape` and `dtype` (safetensors code) are those of the global checkpoint; `axes` has, per axis,
     the surviving indices (int32, strictly increasing) or None where the whole axis survives. `factors` has, per axis,
-    what each surviving slice was multiplied with (float32, positive) or None; it is empty where nothing was.
+    what each surviving slice was multiplied with (float32, see `LEAST_FACTOR`) or None; it is empty if nothing was.
 
     Raises: InputError: an axis whose indices are not that, or are not in the tensor; factors that do not fit.
     """
@@ -86,52 +87,72 @@ class IndexMap:
     rewrites: tuple[Rewrite, ...] = ()
 
 
+def without_factors(index_map: IndexMap) -> IndexMap:
+    """The map of the same submodel if nothing had been compensated."""
+    tensors = {
+        name: replace(entry, factors=()) if entry.factors else entry for name, entry in index_map.tensors.items()
+    }
+    return replace(index_map, tensors=tensors)
+
+
 def gather(array: Array, tensor_map: TensorMap) -> Array:
     """The submodel's tensor, a new array of `submodel_shape`, from the global one; without factors no bit changes.
 
-    Raises: InputError: `array` does not have the shape or dtype of the map.
+    Raises: InputError: `array` does not have the shape or dtype of the map, or its dtype cannot hold it times its
+        factors.
     """
     _check_array(array, tensor_map.shape, tensor_map.dtype)
     chosen = np.array(array[selector(tensor_map.axes, tensor_map.shape)], dtype=array.dtype, copy=True, order="C")
-    return scaled(chosen, tensor_map.factors)
+    if not tensor_map.factors:
+        return chosen
+    return _finite(scaled(chosen, tensor_map.factors), "times its factors")
 
 
 def scatter(submodel_array: Array, tensor_map: TensorMap, into: Array) -> None:
     """Write the submodel's tensor to its places in the global tensor `into`, in place; the inverse of `gather`.
 
     Where there are factors, `into` must hold the values that the submodel was cut from.
-    Raises: InputError: an array does not have the shape or dtype of the map.
+
+    Raises: InputError: an array does not have the shape or dtype of the map, or the dtype cannot hold the result.
     """
     _check_array(submodel_array, tensor_map.submodel_shape, tensor_map.dtype)
     _check_array(into, tensor_map.shape, tensor_map.dtype)
     places = selector(tensor_map.axes, tensor_map.shape)
     if tensor_map.factors:
-        submodel_array = unscaled(submodel_array, into[places], tensor_map.factors).astype(into.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            restored = unscaled(submodel_array, into[places], tensor_map.factors).astype(into.dtype)
+        submodel_array = _finite(restored, "without its factors")
     into[places] = submodel_array
 
 
 def scaled(array: Array, factors: tuple[Factors | None, ...]) -> Array:
-    """The array times the factors of each axis, rounded once to its own dtype, which must be a float one if there are
-    factors."""
+    """The array times the factors of each axis, in float32 (F64: in float64), rounded to its own dtype, which must be a
+    float one if there are factors. What the dtype cannot hold becomes infinite or NaN.
+
+    Server and device must get the same bits, so there is no wider product: not every library rounds float64 to a
+    16-bit number in the same way.
+    """
     product = factor_product(factors)
     if product is None:
         return array
     wide = np.float64 if array.dtype == np.float64 else np.float32
-    return np.asarray((array.astype(wide) * product.astype(wide)).astype(array.dtype))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray((array.astype(wide) * product.astype(wide)).astype(array.dtype))
 
 
 def unscaled(array: Array, original: Array, factors: tuple[Factors | None, ...]) -> NDArray[np.float64]:
     """What an array that was `scaled(original, factors)` and then trained is without the factors, in float64.
 
-    Exact: where training left an entry as it was, the result is `original`, bit for bit; where it moved it by d, the
-    result is original + d / factor.
+    Exact: where the factor is 1, the result is `array`; where training left an entry as it was, it is `original`, both
+    bit for bit; where it moved it by d, the result is original + d / factor.
     """
     product = factor_product(factors)
     trained, before = array.astype(np.float64), original.astype(np.float64)
     if product is None:
         return trained
     moved = trained - scaled(original, factors).astype(np.float64)
-    return np.asarray(np.where(moved == 0, before, before + moved / product))
+    restored = np.where(moved == 0, before, before + moved / product)
+    return np.asarray(np.where(product == 1, trained, restored))  # the sum may lose digits of a small `trained`
 
 
 def factor_product(factors: tuple[Factors | None, ...]) -> NDArray[np.float64] | None:
@@ -166,12 +187,17 @@ AxisNumbers = Annotated[tuple[Annotated[int, Field(ge=0)] | None, ...], Field(ma
 
 class TensorRecord(Record):
     """A tensor in the table: each entry of `axes` is the number of an index array, or null for a whole axis; each of
-    `factors` the number of a factor array, or null."""
+    `factors` the number of a factor array, or null. A tensor without factors has no such key."""
 
     shape: Shape
     dtype: str
     axes: AxisNumbers
-    factors: AxisNumbers | None = None
+    factors: Annotated[AxisNumbers, Field(min_length=1)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {key: value for key, value in fields.items() if key != "factors" or value is not None}
 
 
 class BufferRecord(Record):
@@ -253,7 +279,8 @@ def read_index_map(path: Path) -> IndexMap:
     """Read and validate a map.
 
     Raises: InputError: not a sound safetensors file, a table that does not fit the schema, references to arrays that
-        are not there, or indices that are not int32, one-dimensional, strictly increasing and within their axis.
+        are not there, indices that are not int32, one-dimensional, strictly increasing and within their axis, or
+        factors that are not float32, within their bounds and of a weight.
     """
     with open_safetensors(path) as file:
         record = read_metadata(file, IndexMapMetadata)
@@ -273,9 +300,11 @@ def read_index_map(path: Path) -> IndexMap:
     entries: list[tuple[str, TensorRecord | BufferRecord]] = [*record.tensors.items(), *record.buffers.items()]
     for name, entry in entries:
         axes = look_up(name, INDEX, entry.axes)
+        factors = look_up(name, FACTOR, entry.factors or ()) if isinstance(entry, TensorRecord) else ()
         try:
             if isinstance(entry, TensorRecord):
-                factors = look_up(name, FACTOR, entry.factors or ())
+                if factors and name.rpartition(".")[2] in STATISTICS:
+                    raise InputError("it has factors, but is a running statistic: only weights are scaled.")
                 tensors[name] = TensorMap(entry.shape, entry.dtype, axes, factors)
             else:
                 buffers[name] = BufferMap(entry.shape, axes)
@@ -364,13 +393,30 @@ def _check_factors(entry: TensorMap) -> None:
         raise InputError(
             f"it has factors for {len(entry.factors)} axes; it has {len(entry.shape)}, and vectors have none."
         )
+    if all(along is None for along in entry.factors):
+        raise InputError("it has factors, but along no axis.")
+    least = greatest = 1.0  # of the products over the axes, which may be too many to form
     for axis, (along, length) in enumerate(zip(entry.factors, entry.submodel_shape, strict=True)):
         if along is None:
             continue
         if along.dtype != np.float32 or along.shape != (length,):
             raise InputError(f"axis {axis} has {along.dtype} factors of shape {along.shape}, not float32 ({length},).")
-        if not np.all((along >= LEAST_FACTOR) & (along <= 1 / LEAST_FACTOR)):
-            raise InputError(f"axis {axis} has a factor that is not within {LEAST_FACTOR:g} and {1 / LEAST_FACTOR:g}.")
+        if length:
+            least, greatest = least * float(along.min()), greatest * float(along.max())
+        if not LEAST_FACTOR <= least <= greatest <= 1 / LEAST_FACTOR:
+            raise InputError(
+                f"axis {axis} has a factor that, times those of the axes before it, is not within {LEAST_FACTOR:g} and "
+                f"{1 / LEAST_FACTOR:g}."
+            )
+
+
+def _finite(array: Array, when: str) -> Array:
+    if not np.all(np.isfinite(array)):
+        raise InputError(
+            f"{when}, a tensor has numbers too large for {dtype_code(array.dtype)}; "
+            "keep the checkpoint in a wider dtype."
+        )
+    return array
 
 
 def _check_array(array: Array, shape: tuple[int, ...], dtype: str) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import GateJacobian
 
 
@@ -133,9 +134,3 @@ class Quadratic:
     def divergence(self) -> float:
         """As `Removal.divergence`; it may be below 0, unlike what it approximates."""
         return self._divergence
-
-
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(reference, softmax(logits)), both (n, m), mean over samples, nats."""
-    entropy = torch.special.xlogy(reference, reference).sum(1)
-    return float((entropy - (reference * logits.log_softmax(1)).sum(1)).double().mean())

@@ -20,11 +20,24 @@ SHARE_STEPS = 40
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Divergence of the submodel's predictions from the reference, mean over calibration samples, nats.
+
+    predicted, measured: after the last groups were removed, before the survivors' gates took over, on the samples that
+    the prediction was made from. final: of the submodel as it is, on all calibration samples. None: not measured.
+    """
+
+    predicted: float
+    measured: float | None = None
+    final: float | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
     """kept: boolean (groups,). cost and full: of the submodel and of the whole network. limits: what had to hold.
     binding: the limit that is closest to being reached, None without one. gates: float64 (groups,), to be folded into
-    the weights (see pruning/compensation.py), None without compensation. predicted, measured: divergence of the
-    submodel's predictions from the reference on the calibration samples, nats; None where it was not looked at."""
+    the weights (see pruning/compensation.py), None without compensation. prediction: None where the loss was not
+    looked at."""
 
     kept: Mask
     cost: Cost
@@ -32,8 +45,7 @@ class Selection:
     limits: Limits
     binding: str | None
     gates: NDArray[np.float64] | None = None
-    predicted: float | None = None
-    measured: float | None = None
+    prediction: Prediction | None = None
 
 
 def select(

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.coupling.analysis import Analysis, cut
@@ -20,8 +21,9 @@ from cahfp_cli.device.cost import Cost, CostModel
 from cahfp_cli.pruning.budget import Budget, Limits, limits_of, values_of
 from cahfp_cli.pruning.compensation import DAMPING, FoldedWeights, Gates, compensated, foldable, gauss_newton
 from cahfp_cli.pruning.greedy import Target, remove_to_fit
-from cahfp_cli.pruning.linearised import Linearised, Quadratic, divergence
-from cahfp_cli.pruning.selection import Selection, Widths, check_reachable, finished, widest
+from cahfp_cli.pruning.linearised import Linearised, Quadratic
+from cahfp_cli.pruning.selection import Prediction, Selection, Widths, check_reachable, finished, widest
+from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
 
 Model = Literal["linear", "quadratic"]
@@ -74,8 +76,7 @@ def select_set(
         model: in evaluation mode on the device to compute on; left as it is.
         analysis: of it. cost: what candidate widths cost. budget: all its limits hold in the result.
         calibration: samples that are like those the network will see; labels count only for that reference.
-    Returns: a selection with gates, float64 (groups,), 1 where nothing changed, and with the predicted and measured
-        divergence from the reference on the calibration samples.
+    Returns: a selection with gates, 1 where nothing changed, and with what was predicted and measured.
     Raises:
         BudgetError: the narrowest network is already too much.
         InputError: gates cannot be measured, or outputs are not finite.
@@ -95,12 +96,35 @@ def select_set(
         if done <= options.rounds:
             share = (done / options.rounds) ** FRONT_LOADING
             width_limit = full_widths - np.floor((full_widths - most) * share).astype(np.int64)
-            predicted, measured = network.remove(linearised, cost, Target(towards(limits, full, share), least, width_limit))
+            predicted, measured = network.remove(
+                linearised, cost, Target(towards(limits, full, share), least, width_limit)
+            )
         if options.compensate:
             network.compensate(linearised)
         on_progress(done, rounds)
     selection = finished(network.kept, cost, network.widths(), limits, budget)
-    return replace(selection, gates=network.gates, predicted=predicted, measured=network.divergence())
+    prediction = Prediction(predicted, measured, network.divergence())
+    return replace(selection, gates=network.gates, prediction=prediction)
+
+
+def select_from_interactions(
+    interactions: NDArray[np.float32], groups: ChannelGroups, cost: CostModel, budget: Budget
+) -> Selection:
+    """Choose the groups to keep by the quadratic form alone, in one go and without samples.
+
+    Args: interactions: float32 (rows, groups), of a scores file.
+    Raises: BudgetError: the narrowest network is already too much.
+    """
+    full_widths = np.asarray(cost.workload.full_widths, dtype=np.int64)
+    limits = limits_of(budget, cost.cost(full_widths))
+    least = np.minimum(full_widths, groups.narrowest)
+    check_reachable(cost, limits, least)
+    removal = Quadratic(torch.from_numpy(interactions), torch.zeros(groups.count))
+    widths = remove_to_fit(
+        removal, groups.family, cost, full_widths, Target(limits, least, widest(budget, full_widths, least))
+    )
+    selection = finished(removal.alive.numpy(), cost, widths, limits, budget)
+    return replace(selection, prediction=Prediction(removal.divergence()))
 
 
 def towards(limits: Limits, full: Cost, share: float) -> Limits:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import Selector, selector
+from cahfp_cli.pruning.index_map import Factors, Selector, selector
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.reconstruction.rules import Floats, Rule, Sums
 
@@ -31,12 +31,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Part:
-    """What one client has of a block: rows `first`..`last` - 1 of its own tensor go to `places` of the block."""
+    """What one client has of a block: rows `first`..`last` - 1 of its own tensor go to `places` of the block.
+
+    `factors` are those of these rows, per axis; empty where nothing was compensated.
+    """
 
     client: Client
     first: int
     last: int
     axes: tuple[NDArray[np.integer] | None, ...]
+    factors: tuple[Factors | None, ...]
     places: Selector
 
     def read(self, name: str) -> Array:
@@ -48,12 +52,15 @@ def parts_of(block: Block, clients: Sequence[Client]) -> Iterator[Part]:
     for client in clients:
         if not client.covers(block.name):
             continue
-        axes: tuple[NDArray[np.integer] | None, ...] = client.index_map.tensors[block.name].axes
-        first, last = block.first, block.last
+        entry = client.index_map.tensors[block.name]
+        axes: tuple[NDArray[np.integer] | None, ...] = entry.axes
+        factors, first, last = entry.factors, block.first, block.last
         if axes and axes[0] is not None:
             first, last = (int(row) for row in np.searchsorted(axes[0], [block.first, block.last]))
             axes = (axes[0][first:last] - block.first, *axes[1:])
-        yield Part(client, first, last, axes, selector(axes, block.block_shape))
+        if factors and factors[0] is not None:
+            factors = (factors[0][first:last], *factors[1:])
+        yield Part(client, first, last, axes, factors, selector(axes, block.block_shape))
 
 
 def coverage(block: Block, parts: Sequence[Part]) -> tuple[Floats, NDArray[np.int64]]:

@@ -79,13 +79,17 @@ def read_clients(
 
 
 def _map_key(index_map: IndexMap) -> str:
-    """sha256 of the indices of all tensors and axes, whatever the file that they came in."""
+    """sha256 of the indices and factors of all tensors and axes, whatever the file that they came in."""
     digest = hashlib.sha256()
     for name, entry in sorted(index_map.tensors.items()):
         whole = [indices is None for indices in entry.axes]
         digest.update(json.dumps([name, entry.submodel_shape, whole]).encode())
         for indices in entry.axes:
             digest.update(b"" if indices is None else raw_bytes(indices))
+        if entry.factors:
+            digest.update(json.dumps({"factors": [along is not None for along in entry.factors]}).encode())
+        for along in entry.factors:
+            digest.update(b"" if along is None else raw_bytes(along))
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ clients are; at most three files are open.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, o
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.checkpoint.writer import TensorSpec, write_safetensors
 from cahfp_cli.errors import InputError
-from cahfp_cli.reconstruction.blocks import Block, coverage, merge_floats, merge_integers, parts_of
+from cahfp_cli.pruning.index_map import unscaled, without_factors
+from cahfp_cli.reconstruction.blocks import Block, Part, coverage, merge_floats, merge_integers, parts_of
 from cahfp_cli.reconstruction.clients import Client, check_checkpoint, read_clients
-from cahfp_cli.reconstruction.rules import Rule, rule_named
+from cahfp_cli.reconstruction.rules import Floats, Rule, rule_named
 from cahfp_cli.reconstruction.statistics import check_pairs, mean_of, merge_variance
 
 Progress = Callable[[int, int], None]
@@ -51,6 +52,7 @@ class ReconstructionReport:
 
     output: Path
     rule: str
+    keep_compensation: bool
     clients: tuple[ClientReport, ...]
     coverage: Coverage
     digest: str | None
@@ -64,6 +66,7 @@ def reconstruct(
     *,
     rule: str = "fill",
     weights: Mapping[Path, float] | None = None,
+    keep_compensation: bool = False,
     force: bool = False,
     provenance: Provenance,
     on_progress: Progress | None = None,
@@ -72,7 +75,8 @@ def reconstruct(
     """Merge the submodel folders into a copy of the global checkpoint, `output`; with `dry_run` only check everything.
 
     The order of `submodels` does not matter. The output keeps the metadata of the global checkpoint, with
-    `provenance` as its own.
+    `provenance` as its own. Factors that compensate a submodel for what was removed are taken out of its weights
+    before they are merged, or with `keep_compensation` left in.
 
     Raises: UsageError: no such rule, a folder listed twice, a weight without a folder. InputError: an input is
         damaged or does not fit, or the output exists without `force`; nothing is left in its place.
@@ -83,6 +87,8 @@ def reconstruct(
         metadata = _metadata(checkpoint, provenance)
         check_checkpoint(checkpoint)
         clients, warnings = read_clients(checkpoint, content_digest(checkpoint), submodels, weights or {})
+        if keep_compensation:
+            clients = [replace(client, index_map=without_factors(client.index_map)) for client in clients]
         check_pairs(checkpoint, clients)
         for info in checkpoint.tensors.values():
             if info.dtype not in FLOATS:
@@ -96,7 +102,7 @@ def reconstruct(
                 digest = content_digest(temporary)
     total = covered.none + covered.some + covered.all
     reports = tuple(ClientReport(client.folder, client.weight, _entries(client) / max(1, total)) for client in clients)
-    return ReconstructionReport(output, rule, reports, covered, digest, tuple(warnings))
+    return ReconstructionReport(output, rule, keep_compensation, reports, covered, digest, tuple(warnings))
 
 
 def merged_blocks(
@@ -113,11 +119,7 @@ def merged_blocks(
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             merged = _merged_floats(block, checkpoint, clients, rule).astype(DTYPES[info.dtype])
-        if not np.all(np.isfinite(merged)):
-            raise InputError(
-                f"{checkpoint.path}: the merged tensor {shown(info.name)} has numbers too large for {info.dtype}; "
-                "keep the checkpoint in a wider dtype."
-            )
+        _check_finite(merged, info, checkpoint)
         yield merged
 
 
@@ -125,8 +127,25 @@ def _merged_floats(block: Block, checkpoint: SafetensorsFile, clients: Sequence[
     mean = mean_of(block.name, checkpoint)
     if mean is not None:
         return merge_variance(block, mean, checkpoint, clients, rule)
-    previous = checkpoint.read_rows(block.name, block.first, block.last).astype(np.float64)
-    return merge_floats(block, previous, lambda part: part.read(block.name).astype(np.float64), clients, rule)
+    previous = checkpoint.read_rows(block.name, block.first, block.last)
+
+    def values(part: Part) -> Floats:
+        trained = part.read(block.name)
+        if not part.factors:
+            return np.asarray(trained.astype(np.float64))
+        restored = unscaled(trained, previous[part.places], part.factors)
+        _check_finite(restored, checkpoint.tensors[block.name], checkpoint)
+        return restored
+
+    return merge_floats(block, previous.astype(np.float64), values, clients, rule)
+
+
+def _check_finite(merged: Array, info: TensorInfo, checkpoint: SafetensorsFile) -> None:
+    if not np.all(np.isfinite(merged)):
+        raise InputError(
+            f"{checkpoint.path}: the merged tensor {shown(info.name)} has numbers too large for {info.dtype}; "
+            "keep the checkpoint in a wider dtype."
+        )
 
 
 def _write(

@@ -9,6 +9,7 @@ consumers of a * da`: no per-sample weight gradients are needed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,15 @@ class GatedPass:
         self._inputs = [x for _, x, _ in collector.seen]
         numbers = [np.where(c.groups == KEPT, groups.count, c.groups) for c, _, _ in collector.seen]
         self._numbers = [torch.from_numpy(number).to(self.logits.device) for number in numbers]
-        several_rows = any(axis < 0 and x.shape[:-1].numel() > len(samples) for _, x, axis in collector.seen)
+
+    @cached_property
+    def _strides(self) -> list[int]:
+        """Rows between samples in what each consumer reads; found when first needed: it takes finite logits."""
+        several_rows = any(axis < 0 and x.shape[:-1].numel() > len(self.logits) for _, x, axis in self._seen)
         of_first = self._backward(self.logits[0].square().sum()) if several_rows else (None,) * len(self._inputs)
-        self._strides = [
-            sample_stride(dx, len(samples), axis == 1) for dx, (_, _, axis) in zip(of_first, self._seen, strict=True)
+        return [
+            sample_stride(dx, len(self.logits), axis == 1)
+            for dx, (_, _, axis) in zip(of_first, self._seen, strict=True)
         ]
 
     def _backward(self, output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -186,6 +192,8 @@ def gate_jacobian(
     Returns: tensors on that device; memory is n x m x groups numbers.
     Raises: InputError: the gates cannot be measured, or a derivative is not finite.
     """
+    if not torch.isfinite(logits).all():
+        raise InputError("the network gives NaN or Inf on the calibration data: check the data and the weights")
     weight = torch.maximum(logits.softmax(1), relevance)
     by_weight = weight.argsort(dim=1, descending=True, stable=True)
     needed = (weight > threshold).sum(1).clamp_min(min(2, classes.shape[1]))
@@ -196,6 +204,6 @@ def gate_jacobian(
         share = logits[rows].gather(1, columns).softmax(1)
         jacobian[rows] = torch.einsum("bk,bkg->bg", share, own)[:, None]
         jacobian[rows[:, None], columns] = own
-    if not (torch.isfinite(logits).all() and torch.isfinite(jacobian).all()):
-        raise InputError("the network gives NaN or Inf on the calibration data: check the data and the weights")
+    if not torch.isfinite(jacobian).all():
+        raise InputError("a derivative on the calibration data is NaN or Inf: check the data and the weights")
     return GateJacobian(logits, jacobian)

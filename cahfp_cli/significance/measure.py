@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.coupling.groups import ChannelGroups
@@ -11,7 +12,7 @@ from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.significance.registry import Criterion, Evidence
-from cahfp_cli.significance.statistics import Floats, GateStatistics, gate_statistics
+from cahfp_cli.significance.statistics import Floats, GateStatistics, Measuring, gate_statistics
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,23 @@ class Measured:
 
 def subset(dataset: Dataset, samples: int, seed: int) -> Dataset:
     """A random subset without repetition, in the data's order; all of it if there are fewer."""
-    if samples >= len(dataset):
-        return dataset
-    chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
-    return Dataset(dataset.x[chosen], dataset.y[chosen], dataset.classes, dataset.name)
+    return split(dataset, samples, 0, seed)[0]
+
+
+def split(dataset: Dataset, samples: int, others: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """A random subset without repetition, in the data's order, and up to `others` of the rest; None if there are none.
+    The first does not depend on `others`."""
+    chosen = np.arange(len(dataset))
+    if samples < len(dataset):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
+    rest = np.setdiff1d(np.arange(len(dataset)), chosen)
+    further = np.sort(np.random.default_rng((seed, 1)).choice(rest, min(others, len(rest)), replace=False))
+    return take(dataset, chosen), take(dataset, further) if len(further) else None
+
+
+def take(dataset: Dataset, rows: NDArray[np.int64]) -> Dataset:
+    """Some samples of a set."""
+    return Dataset(dataset.x[rows], dataset.y[rows], dataset.classes, dataset.name)
 
 
 def measure(
@@ -35,11 +49,8 @@ def measure(
     groups: ChannelGroups,
     criterion: Criterion,
     calibration: Dataset | None,
-    batch_size: int,
-    top: int | None,
-    draws: int | None,
-    seed: int,
-    on_progress: Callable[[int, int], None],
+    how: Measuring,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
     """Apply a criterion.
 
@@ -57,13 +68,15 @@ def measure(
             groups,
             calibration.x,
             calibration.y,
-            batch_size=batch_size,
-            top=top,
-            draws=draws,
-            seed=seed,
+            batch_size=how.batch_size,
+            top=how.top,
+            draws=how.draws,
+            interactions=how.interactions,
+            seed=how.seed,
             on_progress=on_progress,
         )
-    significance = criterion.function(Evidence(model.eval(), groups, state_arrays(model), calibration, gates, seed))
+    evidence = Evidence(model.eval(), groups, state_arrays(model), calibration, gates, how.seed)
+    significance = criterion.function(evidence)
     if not np.isfinite(significance).all():
         raise InputError(f"{criterion.name} gives NaN or Inf for {int((~np.isfinite(significance)).sum())} groups")
     return Measured(significance, gates)

@@ -13,15 +13,39 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RemovedSetRecord(Record):
+    """See `significance.trust.RemovedSet`."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    groups: Annotated[int, Field(ge=1)]
+    predicted: Finite
+    measured: Finite
+
+
+class TrustRecord(Record):
+    """See `significance.trust.Trust`."""
+
+    reliability: Finite
+    effective_samples: Finite
+    sets: tuple[RemovedSetRecord, ...] = ()
+
+
+OPTIONAL, INTERACTIONS = ("gradient", "gradient_error", "curvature"), "interactions"
+
 
 class ScoresMetadata(Record):
-    """Metadata of `scores.safetensors`. samples and loss are None for a criterion that looks at no data."""
+    """Metadata of `scores.safetensors`. samples is None for a criterion that looks at no data, loss and trust for one
+    that measures no gates."""
 
     format: Literal["cahfp.scores/1"] = "cahfp.scores/1"
     checkpoint: Digest
     criterion: str
     samples: Annotated[int, Field(ge=1)] | None = None
     loss: float | None = None
+    trust: TrustRecord | None = None
     families: tuple[str, ...]
     provenance: Provenance
 
@@ -33,7 +57,10 @@ class Scores:
     significance: float64 (groups,), larger is worth more.
     family: int64 (groups,), indices into `metadata.families`.
     sizes: int64 (groups,), elements of the checkpoint that belong to the group.
-    gradient, curvature: float64 (groups,), of the loss in the gates; None for a criterion that looks at no data.
+    gradient, gradient_error, curvature: float64 (groups,), of the loss in the gates, the second the standard error of
+        the first; None for a criterion that measures no gates.
+    interactions: float32 (rows, groups), whose products of columns are the Gauss-Newton matrix of the gates; None
+        where it was not kept.
     """
 
     metadata: ScoresMetadata
@@ -41,7 +68,9 @@ class Scores:
     family: NDArray[np.int64]
     sizes: NDArray[np.int64]
     gradient: NDArray[np.float64] | None = None
+    gradient_error: NDArray[np.float64] | None = None
     curvature: NDArray[np.float64] | None = None
+    interactions: NDArray[np.float32] | None = None
 
 
 def write_scores(path: Path, scores: Scores) -> None:
@@ -50,8 +79,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         "significance": scores.significance,
         "family": scores.family,
         "sizes": scores.sizes,
-        "gradient": scores.gradient,
-        "curvature": scores.curvature,
+        **{name: getattr(scores, name) for name in (*OPTIONAL, INTERACTIONS)},
     }
     present = {name: array for name, array in arrays.items() if array is not None}
     save_arrays(path, present, dump_metadata(scores.metadata))
@@ -65,12 +93,13 @@ def read_scores(path: Path) -> Scores:
     with open_safetensors(path) as file:
         metadata = read_metadata(file, ScoresMetadata)
         dtypes = {"significance": "F64", "family": "I64", "sizes": "I64"}
-        optional = {"gradient": "F64", "curvature": "F64"}
+        optional = {**dict.fromkeys(OPTIONAL, "F64"), INTERACTIONS: "F32"}
         if not set(dtypes) <= set(file.tensors) <= set(dtypes) | set(optional):
             raise InputError(f"{path}: its tensors are not those of a scores file. Run `cahfp score` again.")
         groups = file.tensors["significance"].shape
         for name, info in file.tensors.items():
-            if info.shape != groups or len(groups) != 1 or info.dtype != {**dtypes, **optional}[name]:
+            shape = info.shape[1:] if name == INTERACTIONS else info.shape
+            if shape != groups or len(groups) != 1 or info.dtype != {**dtypes, **optional}[name]:
                 raise InputError(f"{path}: tensor {name!r} has the wrong shape or type. Run `cahfp score` again.")
         arrays = {name: file.read(name) for name in file.tensors}
     for name, array in arrays.items():
@@ -84,6 +113,5 @@ def read_scores(path: Path) -> Scores:
         arrays["significance"],
         family,
         arrays["sizes"],
-        arrays.get("gradient"),
-        arrays.get("curvature"),
+        **{name: arrays.get(name) for name in (*OPTIONAL, INTERACTIONS)},
     )

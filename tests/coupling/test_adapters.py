@@ -8,7 +8,7 @@ from torch import nn
 from cahfp_cli.coupling.adapters import MultiheadAttention, adapt
 from cahfp_cli.coupling.analysis import analyse, check_slice
 from cahfp_cli.coupling.slicing import copy_with, slice_module
-from cahfp_cli.significance.gates import gate_statistics
+from cahfp_cli.significance.statistics import gate_statistics
 
 
 def attention(seed: int, **options: object) -> nn.MultiheadAttention:

@@ -1,5 +1,6 @@
 """A global checkpoint and client submodels on disk, from random numbers; no torch."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cahfp_cli.checkpoint.metadata import (
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, write_index_map
+from cahfp_cli.reconstruction.merge import reconstruct
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")
 MODEL = ModelSpec(spec="tests:network")
@@ -60,6 +62,22 @@ def surviving(random: np.random.Generator, length: int) -> np.ndarray | None:
     return np.sort(random.choice(length, count, replace=False)).astype(np.int32)
 
 
+def with_factors(random: np.random.Generator, mapping: IndexMap) -> IndexMap:
+    """The map of a compensated submodel: a gate for each surviving channel, often 1, that multiplies the next layer's
+    input channels; and, as nowhere else all axes have factors, gates of the rows of the second convolution."""
+
+    def gates(count: int) -> np.ndarray:
+        drawn = np.exp2(random.uniform(-2, 2, count)) * (random.random(count) < 0.7)
+        return np.where(drawn == 0, 1, drawn).astype(np.float32)
+
+    tensors = dict(mapping.tensors)
+    for name, axes in (("conv2.weight", (0, 1)), ("head.weight", (1,))):
+        entry = tensors[name]
+        factors = [gates(length) if axis in axes else None for axis, length in enumerate(entry.submodel_shape)]
+        tensors[name] = TensorMap(entry.shape, entry.dtype, entry.axes, tuple(factors))
+    return IndexMap(mapping.checkpoint, tensors)
+
+
 def index_map(random: np.random.Generator, tensors: dict[str, np.ndarray], full: bool = False) -> IndexMap:
     widths = {0: None} | {
         layer: None if full else surviving(random, len(tensors[f"bn{layer}.weight"])) for layer in (1, 2)
@@ -81,17 +99,16 @@ def cut(tensors: dict[str, np.ndarray], mapping: IndexMap) -> dict[str, np.ndarr
     return {name: gather(tensors[name], entry) for name, entry in mapping.tensors.items()}
 
 
-def perturb(random: np.random.Generator, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What training may do: other floats (variances stay positive), higher counters."""
+def perturb(random: np.random.Generator, tensors: dict[str, np.ndarray], moved: float = 1.0) -> dict[str, np.ndarray]:
+    """What training may do: other floats in a share `moved` of the entries, positive variances, higher counters."""
     result = {}
     for name, tensor in tensors.items():
         if tensor.dtype == np.int64:
             result[name] = tensor + random.integers(0, 50)
         else:
-            moved = tensor.astype(np.float64) * random.normal(1, 0.5, tensor.shape) + random.normal(
-                0, 0.1, tensor.shape
-            )
-            result[name] = np.asarray(np.abs(moved) if name.endswith("running_var") else moved).astype(tensor.dtype)
+            new = tensor.astype(np.float64) * random.normal(1, 0.5, tensor.shape) + random.normal(0, 0.1, tensor.shape)
+            new = np.asarray(np.abs(new) if name.endswith("running_var") else new).astype(tensor.dtype)
+            result[name] = new if moved == 1 else np.where(random.random(tensor.shape) < moved, new, tensor)
     return result
 
 
@@ -143,6 +160,8 @@ def fleet(
     trained: bool = True,
     full: bool = False,
     widths=(3, 6, 5),
+    compensated: bool = False,
+    moved: float = 1.0,
 ) -> Fleet:
     random = np.random.default_rng(seed)
     tensors = network(random, dtype, widths)
@@ -150,11 +169,57 @@ def fleet(
     folders, maps, submodels, examples = [], [], [], []
     for number in range(clients):
         mapping = index_map(random, tensors, full)
+        if compensated:
+            mapping = with_factors(random, mapping)
         submodel = cut(tensors, mapping)
         if trained:
-            submodel = perturb(random, submodel)
+            submodel = perturb(random, submodel, moved)
         maps.append(mapping)
         submodels.append(submodel)
         examples.append(int(random.integers(1, 5000)))
         folders.append(save_client(folder / f"client{number}", submodel, mapping, examples[-1]))
     return Fleet(checkpoint, tensors, folders, maps, submodels, examples)
+
+
+def merge(it: Fleet, rule: str = "fill", **options):
+    output = it.checkpoint.parent / "merged.safetensors"
+    report = reconstruct(
+        it.checkpoint,
+        options.pop("folders", it.folders),
+        output,
+        rule=rule,
+        force=True,
+        provenance=PROVENANCE,
+        **options,
+    )
+    return load(output), report
+
+
+def places(entry: TensorMap) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All (submodel coordinate, global coordinate) pairs of a map, by plain enumeration."""
+    lists = [range(n) if a is None else a.tolist() for a, n in zip(entry.axes, entry.shape, strict=True)]
+    inner = itertools.product(*(range(len(items)) for items in lists))
+    return list(zip(inner, itertools.product(*lists), strict=True))
+
+
+def oracle(it: Fleet, rule: str, name: str) -> np.ndarray:
+    """One coordinate at a time, in float64, straight from the formulas of METHOD.md section 6."""
+    old = it.tensors[name].astype(np.float64)
+    partner = name.replace("running_var", "running_mean")
+    contributions: dict[tuple[int, ...], list[tuple[float, float, float]]] = {}
+    for mapping, submodel, examples in zip(it.maps, it.submodels, it.examples, strict=True):
+        for inside, outside in places(mapping.tensors[name]):
+            mu = float(submodel[partner][inside])
+            contributions.setdefault(outside, []).append((examples, float(submodel[name][inside]), mu))
+    merged = old.copy()
+    for place, entries in contributions.items():
+        rest = sum(it.examples) - sum(n for n, _, _ in entries)
+        if rule == "fill" and rest:
+            entries = [*entries, (rest, float(old[place]), float(it.tensors[partner][place]))]
+        total = sum(n for n, _, _ in entries)
+        mean = sum(n * value for n, value, _ in entries) / total
+        if name.endswith("running_var"):
+            center = sum(n * mu for n, _, mu in entries) / total
+            mean += sum(n * (mu - center) ** 2 for n, _, mu in entries) / total
+        merged[place] = mean
+    return merged

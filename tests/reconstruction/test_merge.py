@@ -1,13 +1,25 @@
 """What reconstruction computes, against an independent float64 computation and against exact identities."""
 
-import itertools
 import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, Fleet, bits, cut, fleet, index_map, load, network, save_client, save_global
+from fleet import (
+    PROVENANCE,
+    bits,
+    cut,
+    fleet,
+    index_map,
+    load,
+    merge,
+    network,
+    oracle,
+    places,
+    save_client,
+    save_global,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,50 +33,6 @@ from cahfp_cli.reconstruction.merge import Coverage, reconstruct
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
 quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def merge(it: Fleet, rule: str = "fill", **options):
-    output = it.checkpoint.parent / "merged.safetensors"
-    report = reconstruct(
-        it.checkpoint,
-        options.pop("folders", it.folders),
-        output,
-        rule=rule,
-        force=True,
-        provenance=PROVENANCE,
-        **options,
-    )
-    return load(output), report
-
-
-def places(entry: TensorMap) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """All (submodel coordinate, global coordinate) pairs of a map, by plain enumeration."""
-    lists = [range(n) if a is None else a.tolist() for a, n in zip(entry.axes, entry.shape, strict=True)]
-    inner = itertools.product(*(range(len(items)) for items in lists))
-    return list(zip(inner, itertools.product(*lists), strict=True))
-
-
-def oracle(it: Fleet, rule: str, name: str) -> np.ndarray:
-    """One coordinate at a time, in float64, straight from the formulas of METHOD.md section 6."""
-    old = it.tensors[name].astype(np.float64)
-    partner = name.replace("running_var", "running_mean")
-    contributions: dict[tuple[int, ...], list[tuple[float, float, float]]] = {}
-    for mapping, submodel, examples in zip(it.maps, it.submodels, it.examples, strict=True):
-        for inside, outside in places(mapping.tensors[name]):
-            mu = float(submodel[partner][inside])
-            contributions.setdefault(outside, []).append((examples, float(submodel[name][inside]), mu))
-    merged = old.copy()
-    for place, entries in contributions.items():
-        rest = sum(it.examples) - sum(n for n, _, _ in entries)
-        if rule == "fill" and rest:
-            entries = [*entries, (rest, float(old[place]), float(it.tensors[partner][place]))]
-        total = sum(n for n, _, _ in entries)
-        mean = sum(n * value for n, value, _ in entries) / total
-        if name.endswith("running_var"):
-            center = sum(n * mu for n, _, mu in entries) / total
-            mean += sum(n * (mu - center) ** 2 for n, _, mu in entries) / total
-        merged[place] = mean
-    return merged
 
 
 @pytest.mark.parametrize("rule", ["fill", "covered"])

@@ -1,0 +1,44 @@
+"""Statistics of batch norms measured anew: those of a pruned network are not those of the full one."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cahfp_cli.errors import InputError
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
+    """Replace the running statistics of every batch norm by the mean of those of the batches of `x`, in place.
+
+    Everything but the batch norms stays in evaluation mode; weights do not change.
+
+    Args: x: samples, (n, ...), of which a last batch of one is left out.
+    Returns: the number of batch norms, 0 for a network without any.
+    Raises: InputError: statistics are not finite, or there is only one sample.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
+    if not norms:
+        return 0
+    if len(x) < 2:
+        raise InputError("statistics of batch norms cannot be measured on one sample")
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    samples = torch.from_numpy(x).to(next(model.parameters()).device)
+    for batch in torch.split(samples, batch_size):
+        if len(batch) > 1:
+            model(batch)
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        if not all(bool(torch.isfinite(buffer).all()) for buffer in norm.buffers()):
+            raise InputError("statistics of a batch norm are NaN or Inf on the calibration data")
+    return len(norms)

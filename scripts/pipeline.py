@@ -116,10 +116,13 @@ def main() -> None:
             "--profile",
             device,
             *budget,
+            "--calibration",
+            options.public,
             "--data",
             options.test,
             "-o",
             out / "cut",
+            *seed,
         )
         reports[device] = result["submodels"][0]
     shares = non_iid_shares(options.private, len(devices), options.alpha, options.seed, out)

@@ -37,6 +37,9 @@ def score(
         int | None,
         typer.Option(min=1, help="Estimate the curvature from so many drawn labels a sample, not class by class."),
     ] = None,
+    shrink: Annotated[
+        float, typer.Option(min=0, help="Standard errors that gate-loss takes off the gradient; 0 keeps it whole.")
+    ] = 1.0,
     interactions: Annotated[
         bool, typer.Option("--interactions/--no-interactions", help="Keep how groups stand in for one another.")
     ] = True,
@@ -74,10 +77,9 @@ def score(
     from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.significance.measure import measure, split
+    from cahfp_cli.significance.measure import Measuring, measure, split
     from cahfp_cli.significance.registry import find_criterion
     from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, write_scores
-    from cahfp_cli.significance.statistics import Measuring
     from cahfp_cli.significance.trust import trust
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
 
@@ -97,7 +99,7 @@ def score(
         raise InputError(f"{checkpoint}: no channel group of this network can be pruned.")
     network.model.to(where)
     with repeatable(seed, where), console.progress("scoring") as progress:
-        how = Measuring(batch_size, top, draws, interactions, seed)
+        how = Measuring(batch_size, top, draws, interactions, seed, shrink)
         found = measure(network.model, analysis.groups, chosen, calibration, how, progress)
         judged = None
         if found.gates is not None:
@@ -109,6 +111,7 @@ def score(
         recorded |= given({"data": portable(data), "samples": samples, "batch_size": batch_size})
     if found.gates is not None:
         recorded |= given({"held_out": held_out, "top": top, "draws": draws})
+        recorded |= {"shrink": shrink} if criterion == "gate-loss" else {}
     metadata = ScoresMetadata(
         checkpoint=network.digest,
         criterion=criterion,

@@ -104,7 +104,7 @@ def select_set(
         on_progress(done, rounds)
     selection = finished(network.kept, cost, network.widths(), limits, budget)
     prediction = Prediction(predicted, measured, network.divergence())
-    return replace(selection, gates=network.gates, prediction=prediction)
+    return replace(selection, gates=network.gates if options.compensate else None, prediction=prediction)
 
 
 def select_from_interactions(

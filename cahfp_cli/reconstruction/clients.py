@@ -199,7 +199,9 @@ def _check_numbers(file: SafetensorsFile) -> None:
         is_variance = name.rpartition(".")[2] == "running_var"
         for first, last in row_blocks(info):
             block = file.read_rows(name, first, last)
-            if not np.all(np.isfinite(block)):
+            with np.errstate(invalid="ignore"):  # of a signalling NaN in bfloat16
+                is_finite = bool(np.all(np.isfinite(block)))
+            if not is_finite:
                 raise InputError(
                     f"{file.path}: tensor {shown(name)} holds NaN or infinite numbers; "
                     "train it again (a smaller learning rate may help) or leave this file out."

@@ -11,8 +11,20 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.checkpoint_io import state_arrays
-from cahfp_cli.significance.registry import Criterion, Evidence
-from cahfp_cli.significance.statistics import Floats, GateStatistics, Measuring, gate_statistics
+from cahfp_cli.significance.registry import SHRINK, Criterion, Evidence
+from cahfp_cli.significance.statistics import Floats, GateStatistics, gate_statistics
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How to measure: see `statistics.gate_statistics`, and for `shrink` `registry.Evidence`."""
+
+    batch_size: int = 64
+    top: int | None = None
+    draws: int | None = None
+    interactions: bool = True
+    seed: int = 0
+    shrink: float = SHRINK
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,9 @@ def subset(dataset: Dataset, samples: int, seed: int) -> Dataset:
 def split(dataset: Dataset, samples: int, others: int, seed: int) -> tuple[Dataset, Dataset | None]:
     """A random subset without repetition, in the data's order, and up to `others` of the rest; None if there are none.
     The first does not depend on `others`."""
-    chosen = np.arange(len(dataset))
-    if samples < len(dataset):
-        chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
+    if samples >= len(dataset):
+        return dataset, None
+    chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
     rest = np.setdiff1d(np.arange(len(dataset)), chosen)
     further = np.sort(np.random.default_rng((seed, 1)).choice(rest, min(others, len(rest)), replace=False))
     return take(dataset, chosen), take(dataset, further) if len(further) else None
@@ -75,7 +87,7 @@ def measure(
             seed=how.seed,
             on_progress=on_progress,
         )
-    evidence = Evidence(model.eval(), groups, state_arrays(model), calibration, gates, how.seed)
+    evidence = Evidence(model.eval(), groups, state_arrays(model), calibration, gates, how.seed, how.shrink)
     significance = criterion.function(evidence)
     if not np.isfinite(significance).all():
         raise InputError(f"{criterion.name} gives NaN or Inf for {int((~np.isfinite(significance)).sum())} groups")

@@ -20,6 +20,8 @@ from cahfp_cli.significance.statistics import Floats, GateStatistics
 Needs = Literal["weights", "samples", "gates"]
 """What a criterion looks at: the weights alone, the network on calibration samples, or gate statistics of those."""
 
+SHRINK = 1.0
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -27,7 +29,7 @@ class Evidence:
 
     model: the network, in evaluation mode; groups: its channel groups; weights: every tensor of the checkpoint by
     name; calibration: None for a criterion that needs only weights; gates: None unless it needs them; seed: for
-    criteria that draw.
+    criteria that draw; shrink: standard errors by which `gate-loss` shrinks the gradient.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Evidence:
     calibration: Dataset | None
     gates: GateStatistics | None
     seed: int
+    shrink: float = SHRINK
 
 
 @dataclass(frozen=True)

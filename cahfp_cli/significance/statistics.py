@@ -46,17 +46,6 @@ class GateStatistics:
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How to measure gate statistics; see `gate_statistics`."""
-
-    batch_size: int = 64
-    top: int | None = None
-    draws: int | None = None
-    interactions: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Batch:
     """Results for each sample: losses (b,), loss gradients (b, groups), and rows (b, m, groups) of which the squares
     sum up to the curvature over m, and the products to the Gauss-Newton matrix."""

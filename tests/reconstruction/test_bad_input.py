@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,14 @@ def test_bad_input_is_refused_and_leaves_no_output(tmp_path, fault, dry_run):
     assert str(file_of(it)) in str(error.value)
     assert str(error.value).count("\n") <= 1
     assert list(out.iterdir()) == []
+
+
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path):
+    it = fleet(tmp_path, 2, 2, "BF16")
+    resave(it, head__bias=np.full(4, 0x7F81, np.uint16).view(it.tensors["head.bias"].dtype))
+    with warnings.catch_warnings(), pytest.raises(InputError, match=r"'head\.bias' holds NaN"):
+        warnings.simplefilter("error")
+        reconstruct(it.checkpoint, it.folders, tmp_path / "out", provenance=PROVENANCE)
 
 
 def test_integers_that_differ_between_clients_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from fleet import fleet
 from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.writer import save_arrays
 
 # Only this command, so that the test does not depend on the others.
 MAIN = """
@@ -69,6 +70,45 @@ def test_json_is_one_object_and_describes_the_file(tmp_path):
         "client1/submodel.safetensors",
         "global.safetensors",
     ]
+
+
+def test_compensation_is_kept_on_request_and_that_is_recorded(tmp_path):
+    it = fleet(tmp_path, 4, 2, trained=False, compensated=True)
+    out, kept = tmp_path / "out.safetensors", tmp_path / "kept.safetensors"
+    done = run(it.checkpoint, *it.folders, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["keep_compensation"] is False
+    assert content_digest(out) == content_digest(it.checkpoint)
+    done = run(it.checkpoint, *it.folders, "-o", kept, "--json", "--keep-compensation")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["keep_compensation"] is True
+    assert content_digest(kept) != content_digest(it.checkpoint)
+    for path, options in ((out, {"rule": "fill"}), (kept, {"rule": "fill", "keep_compensation": True})):
+        with open_safetensors(path) as file:
+            assert read_metadata(file, CheckpointMetadata).provenance.options == options
+    done = run(it.checkpoint, *it.folders, "-o", kept, "--force", "--keep-compensation")
+    assert "rule: fill, compensation kept" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--keep-compensation"], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("factor", "words"), [(0.0, "has a factor"), (-1.0, "has a factor"), (float("nan"), "has a factor"), (None, "F64")]
+)
+def test_hostile_factors_exit_3_with_two_lines_at_most_and_no_output(tmp_path, factor, words, options):
+    it = fleet(tmp_path, 4, 2, compensated=True)
+    path = it.folders[1] / "index_map.safetensors"
+    with open_safetensors(path) as file:
+        arrays = {name: file.read(name) for name in file.tensors}
+        metadata = file.metadata
+    arrays["factor.0"] = arrays["factor.0"].astype(float) if factor is None else arrays["factor.0"] * 0 + factor
+    save_arrays(path, arrays, metadata)
+    done = run(it.checkpoint, *it.folders, "-o", tmp_path / "out", *options)
+    assert done.returncode == 3
+    assert str(path) in done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_human_result_on_stdout_and_order_does_not_change_the_bytes(tmp_path):

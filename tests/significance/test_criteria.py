@@ -20,7 +20,7 @@ from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.significance.criteria import obd
-from cahfp_cli.significance.measure import measure, subset
+from cahfp_cli.significance.measure import Measuring, measure, subset
 from cahfp_cli.significance.registry import CRITERIA, Evidence, find_criterion
 from cahfp_cli.significance.scores import Scores, ScoresMetadata, read_scores, write_scores
 from cahfp_cli.significance.statistics import GateStatistics, gate_statistics
@@ -432,15 +432,12 @@ def test_lamp_compares_within_a_family_only():
 # --- what leads to a score -------------------------------------------------------------------------------------------
 
 
-def silent(done, total):
-    pass
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize(("top", "draws"), [(None, None), (None, 2), (2, None)])
 def test_the_same_seed_gives_the_same_bits(network, name, top, draws):
     criterion = find_criterion(name)
-    runs = [measure(*network, criterion, calibration(), 4, top, draws, 3, silent) for _ in range(2)]
+    how = Measuring(4, top, draws, seed=3)
+    runs = [measure(*network, criterion, calibration(), how) for _ in range(2)]
     assert np.array_equal(runs[0].significance, runs[1].significance)
     assert (runs[0].gates is None) == (criterion.needs != "gates")
 
@@ -450,7 +447,7 @@ def test_what_each_criterion_needs_is_what_it_gets(network):
     assert {name for name in needs if needs[name] == "weights"} == {"l1", "l2", "lamp", "bn-scale", "random"}
     assert {name for name in needs if needs[name] == "samples"} == {"weight-fisher", "obd"}
     for name in EXPECTED:
-        without = (*network, find_criterion(name), None, 4, None, None, 0, silent)
+        without = (*network, find_criterion(name), None, Measuring())
         if needs[name] == "weights":
             assert measure(*without).gates is None
         else:
@@ -460,7 +457,7 @@ def test_what_each_criterion_needs_is_what_it_gets(network):
 
 def test_top_classes_and_draws_reach_the_statistics(network):
     ways = [(None, None), (2, None), (None, 2)]
-    found = [measure(*network, find_criterion("gate-ggn"), calibration(), 4, *how, 0, silent) for how in ways]
+    found = [measure(*network, find_criterion("gate-ggn"), calibration(), Measuring(4, *how)) for how in ways]
     for (top, draws), one in zip(ways, found, strict=True):
         own = gate_statistics(*network, calibration().x, calibration().y, batch_size=4, top=top, draws=draws)
         assert np.array_equal(one.significance, own.curvature / 2)
@@ -470,7 +467,7 @@ def test_top_classes_and_draws_reach_the_statistics(network):
 
 def test_progress_ends_at_the_number_of_samples(network):
     seen = []
-    measure(*network, find_criterion("gate-ggn"), calibration(), 4, None, None, 0, lambda *step: seen.append(step))
+    measure(*network, find_criterion("gate-ggn"), calibration(), Measuring(4), lambda *step: seen.append(step))
     assert seen == [(4, 6), (6, 6)]
 
 
@@ -478,7 +475,7 @@ def test_a_score_that_is_not_finite_is_refused(network):
     with torch.no_grad():
         network[0][0].weight[1, 0, 0, 0] = torch.inf
     with pytest.raises(InputError, match="l1 gives NaN or Inf for 1 groups"):
-        measure(*network, find_criterion("l1"), None, 4, None, None, 0, silent)
+        measure(*network, find_criterion("l1"), None, Measuring())
 
 
 def test_a_subset_is_drawn_once_each_in_order_by_seed():

@@ -5,8 +5,10 @@ seed a permutation of the training images: the first train the network, the next
 samples, which no network was trained on. Accuracies and what counts as the truth are measured on test images.
 
 - ranking: Spearman correlation of each criterion (256 calibration samples) with brute force, single groups ablated on
-  held-out images: increase of the loss, and KL(full || ablated). The first rows do the same brute force on the
-  calibration samples themselves: about the best that 256 samples can tell.
+  held-out images: increase of the loss, and KL(full || ablated). The first rows say what can be reached: how far the
+  truth from half of the images agrees with that from the other half, how far KL says what the loss does (not far where
+  training has made the network too sure of itself: then removing a group lowers the loss on new images as often as it
+  raises it), and the same brute force on the calibration samples.
 - cost: process time of gate statistics as a multiple of one forward and backward pass over the same samples, of the
   whole selection as a multiple of one training epoch, and its share outside passes over data. Peak memory is what the
   process grows by, each in a process of its own (Linux: /proc).
@@ -17,13 +19,15 @@ samples, which no network was trained on. Accuracies and what counts as the trut
 - transformer: heads and MLP units of the ViT pruned by the same path.
 
 Set-aware is ours. Baselines are all methods that judge groups one by one: `per group` widths come from
-`cahfp_cli.pruning.selection.select`, `uniform` keeps the same share of every family. Torch-Pruning 1.6.1 prunes all
-layers together in 100 steps of its iterative pruning, with gradients of 256 calibration samples and true labels renewed
-every 5 steps (OBD-C: every step), until its network, whose removed channels are read as our groups, has few enough MACs
-by our count. Its criteria are as shipped: its Hessian keeps the last sample's squared gradient only, since
-`accumulate_grad` looks a parameter up by name but stores it by the parameter itself; its Taylor leaves batch norm out.
-Its OBD-C does not run on networks without attention as shipped (`_prepare_model` walks over None): that one line is
-bridged. Needs torch-pruning for `sets` and `tune`, transformers for `transformer`.
+`cahfp_cli.pruning.selection.select`, `uniform` keeps the same share of every family. Torch-Pruning 1.6.1 ranks all
+layers together (`global_pruning`), in one step with gradients of the full network, or in steps of 1% of the channels
+with gradients measured anew at each, until its network has few enough MACs; what it removes is read as our groups, so
+MACs and accuracies are measured alike. Its gradients are those of 256 calibration samples with their true labels. Its
+criteria are as shipped: its Hessian is the last sample's squared gradient only, since `accumulate_grad` looks a
+parameter up by name but stores it by the parameter itself; its Taylor leaves batch norm out. Its OBD-C does not run
+without attention layers as shipped (`_prepare_model` walks over None); that one line is bridged. `samples` count what
+a method looks at: gate criteria get the pool that set-aware gets, slower ones 256. Needs torch-pruning for `sets` and
+`tune`, transformers for `transformer`.
 
     python scripts/bench_significance.py [--part sets tune] [--only vgg] [--seeds 3] [--quick] [-o docs/significance.md]
 
@@ -52,6 +56,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,6 +100,7 @@ SHAPE = (1, 16, 16)
 CLASSES = 10
 BATCH = 64
 CALIBRATION, POOL = 256, 2048
+ORACLES = ("loss", "kl")
 CLIENTS, CONCENTRATION, SHARED_OUT, CLIENT_GROUPS = 10, 0.1, 8000, 60
 
 RANKING_BARS = {("vgg", "kl"): 0.97, ("resnet", "kl"): 0.97, ("vgg", "loss"): 0.93}
@@ -457,7 +463,8 @@ def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
 
 
 def ablation(case: Case, data: Dataset, groups: NDArray[np.int64]) -> Json:
-    """What removing each of the groups alone does on `data`: change of the mean loss, and KL(full || ablated)."""
+    """What removing each of the groups alone does on `data`: change of the mean loss, and KL(full || ablated); `halves`
+    has the same of every other sample."""
     x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
 
     def log_probabilities() -> torch.Tensor:
@@ -465,16 +472,18 @@ def ablation(case: Case, data: Dataset, groups: NDArray[np.int64]) -> Json:
 
     weights = FoldedWeights(case.model, case.analysis.groups)
     full = log_probabilities()
-    losses, divergences = [], []
-    for group in groups:
+    found = np.zeros((len(groups), 2, len(data)))
+    for number, group in enumerate(groups):
         gates = np.ones(case.analysis.groups.count)
         gates[group] = 0.0
         weights.set(gates)
-        ablated = log_probabilities()
-        losses.append(float(functional.nll_loss(ablated, y) - functional.nll_loss(full, y)))
-        divergences.append(float((full.exp() * (full - ablated)).sum(1).mean()))
+        difference = full - log_probabilities()
+        found[number, 0] = difference.gather(1, y[:, None])[:, 0]
+        found[number, 1] = (full.exp() * difference).sum(1)
     weights.set(np.ones(case.analysis.groups.count))
-    return {"loss": losses, "kl": divergences}
+    halves = [found[:, :, half::2].mean(2) for half in range(2)]
+    of_all = {name: found[:, column].mean(1) for column, name in enumerate(ORACLES)}
+    return {**of_all, "halves": [{n: half[:, column] for column, n in enumerate(ORACLES)} for half in halves]}
 
 
 def sampled(case: Case, count: int) -> NDArray[np.int64]:
@@ -498,14 +507,14 @@ def ranking(cases: Mapping[str, Sequence[Case]], scale: Scale, report: Report) -
             for row, correlations in correlations_of(case, scale).items():
                 for oracle, value in correlations.items():
                     found.setdefault(row, {}).setdefault((architecture, oracle), []).append(value)
-    columns = [(architecture, oracle) for architecture in cases for oracle in ("loss", "kl")]
+    columns = [(architecture, oracle) for architecture in cases for oracle in ORACLES]
     report.table(
         ["score", *(f"{NAMES[a]}, {'loss' if o == 'loss' else 'KL'}" for a, o in columns)],
         [[row, *(shown(values.get(column, [])) for column in columns)] for row, values in found.items()],
     )
     for architecture in cases:
-        ours = {oracle: mean(found["gate-ggn"][architecture, oracle]) for oracle in ("loss", "kl")}
-        for oracle in ("loss", "kl"):
+        ours = {oracle: mean(found["gate-ggn"][architecture, oracle]) for oracle in ORACLES}
+        for oracle in ORACLES:
             if (architecture, oracle) in RANKING_BARS:
                 bar = RANKING_BARS[architecture, oracle]
                 report.at_least(f"{architecture}_ranking_{oracle}", ours[oracle], bar)
@@ -531,20 +540,23 @@ def correlations_of(case: Case, scale: Scale) -> dict[str, dict[str, float | Non
 
     truth = oracle("test images", lambda: held_out, held_out=scale.held_out)
     own = oracle("calibration samples", lambda: case.calibration(CALIBRATION), calibration=CALIBRATION)
-    scores: dict[str, Any] = {
-        "KL by ablation on the calibration samples": own and own["kl"],
-        "loss by ablation on the calibration samples": own and own["loss"],
+    rows: dict[str, dict[str, float | None]] = {}
+
+    def compare(row: str, values: Any) -> None:
+        rows[row] = {o: None if truth is None or values is None else spearman(values, truth[o]) for o in ORACLES}
+
+    halves = truth and truth["halves"]
+    rows["(one half of the test images, with the other)"] = {
+        o: halves and spearman(halves[0][o], halves[1][o]) for o in ORACLES
     }
+    compare("(KL by ablation on the same test images)", truth and truth["kl"])
+    compare("KL by ablation on the calibration samples", own and own["kl"])
+    compare("loss by ablation on the calibration samples", own and own["loss"])
     for row, (criterion, how) in RANKED.items():
         if criterion in scale.criteria:
             of_all = case.scores(criterion, CALIBRATION, **how)
-            scores[row] = None if of_all is None else of_all[groups]
-    return {
-        row: {
-            name: None if truth is None or values is None else spearman(values, truth[name]) for name in ("loss", "kl")
-        }
-        for row, values in scores.items()
-    }
+            compare(row, None if of_all is None else of_all[groups])
+    return rows
 
 
 ONE_WAY = ["gate-magnitude", "gate-fisher", "gate-taylor", "gate-taylor-signed", "gate-loss", "weight-fisher"]
@@ -830,103 +842,121 @@ def random_widths() -> Method:
     return Method("random groups, random widths", False, 0, choose, ("pruning/selection.py",), {})
 
 
-TORCH_PRUNING_STEPS, GRADIENTS_EVERY = 100, 5
+TORCH_PRUNING, STEPS, TRIALS = "1.6.1", 100, 8
 
 
-def torch_pruning(kind: str, samples: int) -> Method:
+def torch_pruning(kind: str, steps: int) -> Method:
+    """In so many steps, of which each goes on from the last; or in one, whose pruning ratio is found by bisection."""
+
+    def in_one_step(case: Case, share: float) -> Mask:
+        low, high, kept = 0.0, 1.0, np.zeros(0, dtype=bool)
+        for _ in range(TRIALS):
+            middle = (low + high) / 2
+            trial = TorchPruning(case, kind, 1, middle)
+            trial.step()
+            if trial.macs() <= share:
+                high, kept = middle, trial.checked()
+            else:
+                low = middle
+        return kept
+
     def choose(case: Case, share: float) -> Choice:
-        return Choice(torch_pruning_path(case, kind).at(share))
+        return Choice(in_one_step(case, share) if steps == 1 else torch_pruning_path(case, kind).at(share))
 
-    settings = {"steps": TORCH_PRUNING_STEPS, "gradients_every": GRADIENTS_EVERY, "version": "1.6.1"}
-    return Method(f"Torch-Pruning {kind}", False, samples, choose, (), settings)
+    name = f"Torch-Pruning {kind}, {'1 step' if steps == 1 else f'{steps} steps'}"
+    settings = {"version": TORCH_PRUNING, "steps": steps, "trials": TRIALS}
+    return Method(name, False, 0 if kind == "Magnitude" else CALIBRATION, choose, (), settings)
 
 
-class TorchPruningPath:
-    """Torch-Pruning taking more and more from a network; stops at each share of the MACs when it is asked for it."""
+class TorchPruning:
+    """Torch-Pruning at work on a copy of a network; what it removes is read as our groups.
 
-    def __init__(self, case: Case, kind: str) -> None:
+    kept: boolean (groups,).
+    """
+
+    def __init__(self, case: Case, kind: str, steps: int, ratio: float) -> None:
         import torch_pruning as tp
 
+        if version("torch-pruning") != TORCH_PRUNING:
+            raise SystemExit(f"the comparison is with torch-pruning=={TORCH_PRUNING}: pip install that version")
         warnings.filterwarnings("ignore", message=".*[bB]ackward hook.*")
-        self.case, self.model = case, copy.deepcopy(case.model)
+        self.case, self.kind, self.model = case, kind, copy.deepcopy(case.model)
         self.names = {module: name for name, module in self.model.named_modules()}
-        self.kind = kind
+        self.kept = np.ones(case.analysis.groups.count, dtype=bool)
         self.importance = {
-            "Magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+            "Magnitude": tp.importance.GroupMagnitudeImportance,
             "Taylor": tp.importance.GroupTaylorImportance,
             "Hessian": tp.importance.GroupHessianImportance,
-            "OBD-C": lambda: tp.importance.OBDCImportance(num_classes=CLASSES),
+            "OBD-C": functools.partial(tp.importance.OBDCImportance, num_classes=CLASSES),
         }[kind]()
-        heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES]
         self.pruner = tp.pruner.MetaPruner(
             self.model,
             torch.zeros(1, *SHAPE),
             self.importance,
             global_pruning=True,
-            pruning_ratio=1.0,
-            iterative_steps=TORCH_PRUNING_STEPS,
-            ignored_layers=heads,
+            pruning_ratio=ratio,
+            iterative_steps=steps,
+            ignored_layers=[m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES],
         )
         self.pruner._downstream_node_as_root_if_attention = lambda group: group  # else OBD-C's preparation gets None
-        self.kept = np.ones(case.analysis.groups.count, dtype=bool)
-        self.widths_full = np.asarray(case.cost.workload.full_widths)
 
     def macs(self) -> float:
         """As a share of the full network's."""
-        widths = self.case.analysis.groups.widths(self.kept)
-        return float(self.case.cost.cost(widths).macs / self.case.cost.cost(self.widths_full).macs)
+        full = np.asarray(self.case.cost.workload.full_widths)
+        return float(
+            self.case.cost.cost(self.case.analysis.groups.widths(self.kept)).macs / self.case.cost.cost(full).macs
+        )
 
     def at(self, share: float) -> Mask:
-        """The groups kept by the first network that has at most this share; ask for smaller ones later."""
+        """The groups of the first network on the way that has at most this share of the MACs; ask for less next."""
         while self.macs() > share:
-            if self.pruner.current_step == TORCH_PRUNING_STEPS:
+            if self.pruner.current_step == self.pruner.iterative_steps:
                 raise SystemExit(f"Torch-Pruning {self.kind} ends at {self.macs():.0%} of the MACs")
-            if self.kind == "OBD-C" or self.pruner.current_step % GRADIENTS_EVERY == 0:
-                self.accumulate()
-            for group in self.pruner.step(interactive=True):
-                self.remove(*group[0])
-                group.prune()
-            if self.kind == "OBD-C":
-                self.importance._rm_hooks(self.model)
-                self.importance._clear_buffer()
-        self.check()
-        return self.kept.copy()
+            self.step()
+        return self.checked()
 
-    def remove(self, dependency: Any, channels: Sequence[int]) -> None:
-        """Read channels of a layer, numbered as it is now, as our groups."""
-        labels = self.case.analysis.groups.labels[f"{self.names[dependency.target.module]}.weight"][0]
-        self.kept[labels[self.kept[labels]][channels]] = False
+    def step(self) -> None:
+        """Measure gradients anew and prune once."""
+        if self.kind != "Magnitude":
+            self.accumulate()
+        for group in self.pruner.step(interactive=True):
+            dependency, channels = group[0]
+            labels = self.case.analysis.groups.labels[f"{self.names[dependency.target.module]}.weight"][0]
+            self.kept[labels[self.kept[labels]][channels]] = False  # a layer numbers its channels as it is now
+            group.prune()
+        if self.kind == "OBD-C":
+            self.importance._rm_hooks(self.model)
+            self.importance._clear_buffer()
 
     def accumulate(self) -> None:
-        """Gradients of the loss on calibration samples, as its authors do it in their benchmarks and tests."""
-        if self.kind == "Magnitude":
-            return
+        """Gradients of the loss on calibration samples, as its authors' benchmarks and tests do it."""
+        calibration = self.case.calibration(CALIBRATION)
+        if self.kind == "Hessian":  # each sample replaces the one before
+            calibration = take(calibration, slice(CALIBRATION - 1, None))
         if self.kind == "OBD-C":
             self.importance._prepare_model(self.model, self.pruner)
         self.model.zero_grad()
-        size = 1 if self.kind == "Hessian" else BATCH
-        for x, y in batches(self.case.calibration(CALIBRATION), size, seed=None):
-            if self.kind == "Hessian":
-                self.model.zero_grad()
+        for x, y in batches(calibration, BATCH, seed=None):
             functional.cross_entropy(self.model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
             if self.kind == "Hessian":
                 self.importance.accumulate_grad(self.model)
             if self.kind == "OBD-C":
                 self.importance.step()
 
-    def check(self) -> None:
-        """Its network is the one that our groups say."""
+    def checked(self) -> Mask:
+        """The groups left; its network is the one that they make."""
         x = torch.from_numpy(images("test").x[:16])
         own, _ = cut(self.case.model, self.case.analysis, self.kept)
         with torch.no_grad():
             difference = float((self.model(x) - own(x)).abs().max())
         if difference > 1e-3:
             raise SystemExit(f"Torch-Pruning {self.kind}: its network differs from ours by {difference}")
+        return self.kept.copy()
 
 
-@lru_cache(maxsize=4)
-def torch_pruning_path(case: Case, kind: str) -> TorchPruningPath:
-    return TorchPruningPath(case, kind)
+@lru_cache(maxsize=1)
+def torch_pruning_path(case: Case, kind: str) -> TorchPruning:
+    return TorchPruning(case, kind, STEPS, 1.0)
 
 
 METHODS = [
@@ -941,8 +971,7 @@ METHODS = [
     *(scored(criterion, POOL, "uniform") for criterion in ("gate-ggn", "gate-taylor")),
     *(scored(criterion, 0, "uniform") for criterion in ("l2", "random")),
     random_widths(),
-    torch_pruning("Magnitude", 0),
-    *(torch_pruning(kind, CALIBRATION) for kind in ("Taylor", "Hessian", "OBD-C")),
+    *(torch_pruning(kind, steps) for kind in ("Magnitude", "Taylor", "Hessian", "OBD-C") for steps in (1, STEPS)),
 ]
 DEFAULT = "set-aware"
 VIT_METHODS = ("set-aware", "gate-taylor, per group", "l2, per group")
@@ -1022,7 +1051,6 @@ def accuracies(
                 found[method.name, share].macs.extend([result["macs"]] if result else [])
                 if tune:
                     found[method.name, share].tuned.append(tuned(case, method, share))
-        torch_pruning_path.cache_clear()
     return found
 
 
@@ -1186,7 +1214,7 @@ def noniid(cases: Sequence[Case], scale: Scale, report: Report) -> None:
         for criterion in ("gate-ggn", "gate-loss"):
             of_all = case.scores(criterion, CALIBRATION)
             for whose, scores in (("local", np.array(found["scores"][criterion])), ("global", of_all)):
-                for oracle in ("loss", "kl"):
+                for oracle in ORACLES:
                     value = None if scores is None else spearman(scores[groups], found["truth"][oracle])
                     correlations.setdefault((f"{criterion}, {whose}", oracle), []).append(value)
             value = None if of_all is None else spearman(found["scores"][criterion], of_all)
@@ -1260,7 +1288,7 @@ def transformer(cases: Sequence[Case], scale: Scale, report: Report) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- main
 
-VIT = Recipe("vit", samples=24000, lr=1e-3, tune_lr=3e-4)
+VIT = Recipe("vit", samples=24000, epochs=16, lr=1e-3, tune_lr=3e-4)
 FULL = Scale(
     recipes=(Recipe("vgg", width=0.5), Recipe("resnet"), VIT),
     groups=300,
@@ -1280,11 +1308,11 @@ QUICK = replace(
     held_out=500,
     shares=(0.5,),
     vit_shares=(0.5,),
-    methods=("set-aware", "gate-taylor, per group", "l2, uniform", "Torch-Pruning Taylor"),
-    repeats=(1, 1),
+    methods=("set-aware", "gate-taylor, per group", "l2, uniform", "Torch-Pruning Taylor, 1 step"),
+    repeats=(3, 1),
     client_samples=("local", "global"),
     references=("network",),
-    left_out=("vgg_dense", "vit_dense", "vgg_ranking_loss"),
+    left_out=("vgg_dense", "vit_dense", "vgg_ranking_loss", "vgg_cost_selection"),
 )
 
 

@@ -24,7 +24,7 @@ Gates = NDArray[np.float64]
 
 PRODUCTS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm"})
 SAME_NUMBERS = frozenset(
-    {"t", "transpose", "permute", "alias", "detach", "view", "_unsafe_view", "expand", "unsqueeze", "_to_copy"}
+    {"t", "transpose", "permute", "alias", "detach", "view", "_unsafe_view", "expand", "unsqueeze", "_to_copy", "clone"}
 )
 """Operators through which a weight reaches a product as it is."""
 

@@ -18,6 +18,7 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.device.cost import Cost, CostModel
+from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.budget import Budget, Limits, limits_of, values_of
 from cahfp_cli.pruning.compensation import DAMPING, FoldedWeights, Gates, compensated, foldable, gauss_newton
 from cahfp_cli.pruning.greedy import Target, remove_to_fit
@@ -152,6 +153,8 @@ class PrunedNetwork:
         device = next(model.parameters()).device
         self._samples = torch.from_numpy(calibration.x).to(device)
         logits = predict(model, self._samples, options.batch_size)
+        if not torch.isfinite(logits).all():  # no round may look at the sample that makes it so
+            raise InputError(f"{calibration.name}: the network gives NaN or Inf on it: check the data and the weights")
         labels = torch.from_numpy(calibration.y).to(device) if options.reference == "labels" else None
         self._classes, self._reference = compared(logits, labels)
         self._movable = foldable(model, analysis)

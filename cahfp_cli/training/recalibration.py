@@ -15,10 +15,11 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
     """Replace the running statistics of every batch norm by the mean of those of the batches of `x`, in place.
 
-    Everything but the batch norms stays in evaluation mode; weights do not change.
+    Everything but the batch norms stays in evaluation mode; weights do not change. A batch norm that does not run then,
+    as in a head that only training has, keeps its statistics.
 
     Args: x: samples, (n, ...), of which a last batch of one is left out.
-    Returns: the number of batch norms, 0 for a network without any.
+    Returns: the number of batch norms measured, 0 for a network without any.
     Raises: InputError: statistics are not finite, or there is only one sample.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
@@ -27,6 +28,7 @@ def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
     if len(x) < 2:
         raise InputError("statistics of batch norms cannot be measured on one sample")
     momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -37,8 +39,13 @@ def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
         if len(batch) > 1:
             model(batch)
     model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
+    measured = 0
+    for norm, momentum, statistics in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
+        if norm.num_batches_tracked == 0:
+            norm.load_state_dict(statistics, strict=False)
+            continue
+        measured += 1
         if not all(bool(torch.isfinite(buffer).all()) for buffer in norm.buffers()):
             raise InputError("statistics of a batch norm are NaN or Inf on the calibration data")
-    return len(norms)
+    return measured

@@ -179,7 +179,7 @@ def test_predictions_are_the_models_own_whatever_the_batch_and_carry_no_graph():
 
 
 @given(network=networks(dtype=torch.float64), mask=masks)
-@examples(40)
+@examples(30)
 def test_restricted_groups_are_those_of_the_cut_network(network, mask):
     analysis = network.analyse()
     groups = analysis.groups
@@ -201,7 +201,7 @@ def test_restricted_groups_are_those_of_the_cut_network(network, mask):
 
 
 @given(network=networks(dtype=torch.float64), mask=masks)
-@examples(40)
+@examples(30)
 def test_gates_of_the_cut_network_move_its_logits_as_those_of_the_masked_full_one(network, mask):
     analysis = network.analyse()
     groups = analysis.groups

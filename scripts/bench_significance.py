@@ -34,7 +34,7 @@ a method looks at: gate criteria get the pool that set-aware gets, slower ones 2
 Trained networks and finished results stay in the folder --cache, each in a file named after all its settings, so that
 an interrupted run goes on and two runs may work side by side (one --only vgg, one --only resnet); the report says how
 many were reused. A result is measured anew when the code of its criterion or selection has changed, comments aside.
---from-cache measures nothing. One thread. Tables have the mean over seeds ± the standard deviation. --quick measures
+--from-cache measures nothing, --more adds variants of methods. One thread. Tables have the mean over seeds ± the standard deviation. --quick measures
 another, smaller network and fewer cases; bars that need the trained network of the full run are then left out.
 
 The last line is JSON: each figure, the bar beside it, and `holds`, over the bars of the parts that ran.
@@ -531,7 +531,7 @@ def correlations_of(case: Case, scale: Scale) -> dict[str, dict[str, float | Non
 
     def oracle(name: str, data: Callable[[], Dataset], **settings: Any) -> Json | None:
         return case.store.result(
-            "ablation",
+            "brute-force",
             f"{case.title}: ablation of {len(groups)} groups on {name}",
             {**case.settings, "groups": len(groups), **settings},
             ("pruning/compensation.py",),
@@ -974,6 +974,13 @@ METHODS = [
     *(torch_pruning(kind, steps) for kind in ("Magnitude", "Taylor", "Hessian", "OBD-C") for steps in (1, STEPS)),
 ]
 DEFAULT = "set-aware"
+MORE = {
+    "set-aware, 256 samples",
+    "set-aware, quadratic",
+    *(f"{criterion}, per group" for criterion in ("gate-taylor", "obd", "l2", "bn-scale", "lamp")),
+    *(f"Torch-Pruning {kind}, {STEPS} steps" for kind in ("Magnitude", "Hessian", "OBD-C")),
+}
+"""Variants that come near another row: only with --more, since each takes minutes a network."""
 VIT_METHODS = ("set-aware", "gate-taylor, per group", "l2, per group")
 
 
@@ -1295,7 +1302,7 @@ FULL = Scale(
     held_out=2000,
     shares=(0.5, 0.3, 0.15),
     vit_shares=(0.7, 0.5),
-    methods=tuple(method.name for method in METHODS),
+    methods=tuple(method.name for method in METHODS if method.name not in MORE),
     criteria=tuple(criterion for criterion, _ in RANKED.values()),
     repeats=(5, 3),
     client_samples=("local", "global", "mixed"),
@@ -1325,6 +1332,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache-significance"))
     parser.add_argument("--from-cache", action="store_true", help="only tabulate what is there")
     parser.add_argument("--quick", action="store_true", help="a small VGG and ViT, one seed, few cases")
+    parser.add_argument("--more", action="store_true", help="more variants of methods")
     parser.add_argument("-o", "--output", type=Path, help="write the tables there, as Markdown")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -1335,6 +1343,8 @@ def main() -> None:
         print(grow(work, architecture, float(width)))
         return
     scale, seeds = (QUICK, 1) if options.quick else (FULL, options.seeds)
+    if options.more:
+        scale = replace(scale, methods=tuple(method.name for method in METHODS))
     scale = replace(scale, groups=options.groups or scale.groups)
     store = Store(options.cache, options.from_cache)
     cases = {

@@ -154,6 +154,19 @@ def aligned():
     )
 
 
+def test_savings_are_those_of_a_whole_step_for_each_of_its_groups():
+    full = np.array([40, 64, 23])
+    model = compile_workload(chain(full.tolist(), 8, 0), aligned())
+    seconds = [float(model.cost(np.array(widths)).latency_seconds) for widths in ([40, 64, 23], [24, 64, 23])]
+    assert float(model.cost(np.array([39, 64, 23])).latency_seconds) == seconds[0]  # one group less saves nothing
+    target = Target(Limits({"latency": 1e-3}), np.array([1, 1, 20]), full)
+    found = savings(model, full, target, ["latency"], np.array([0, 2]))
+    assert found[0] == pytest.approx((seconds[0] - seconds[1]) / 1e-3 / STEP, rel=1e-9)
+    narrow = [float(model.cost(np.array(widths)).latency_seconds) for widths in ([40, 64, 23], [40, 64, 20])]
+    assert found[2] == pytest.approx((narrow[0] - narrow[1]) / 1e-3 / 3, rel=1e-9)  # no further than it may go
+    assert found[1] == 0
+
+
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.7, 0.9])
 def test_where_latency_alone_binds_widths_lie_on_steps_or_are_full(share):
     full = np.array([40, 64, 23])

@@ -14,7 +14,8 @@ from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.errors import InputError
 from cahfp_cli.significance import gates
 from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
-from tests.networks import examples, masked, masks, networks
+from tests.end_to_end.test_rewritten_model import CODE
+from tests.networks import Masks, examples, masked, masks, networks
 from tests.significance.test_gates import NETWORKS, close, explicit, gauss_newton, prepared
 
 SAMPLES, CLASSES = 12, 10
@@ -47,8 +48,8 @@ def confident(classes=CLASSES):
     """A network of ten classes that is sure of some samples and unsure of others."""
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, classes)).double()
-    nn.init.normal_(model[4].weight, std=3.0)
-    x = torch.randn(SAMPLES, 5, dtype=torch.float64) * torch.linspace(0.1, 3, SAMPLES)[:, None]
+    nn.init.normal_(model[4].weight, std=9.0)
+    x = torch.randn(SAMPLES, 5, dtype=torch.float64) * torch.linspace(0.1, 9, SAMPLES)[:, None]
     return model.eval(), analyse(model, (5,), torch.float64).groups, x[torch.randperm(SAMPLES)]
 
 
@@ -82,6 +83,7 @@ def test_a_class_that_is_not_looked_at_moves_as_the_mean_of_the_others():
     model, groups, x = confident()
     whole, found = exact(model, groups, x).jacobian, with_threshold(model, groups, x, 1).jacobian
     q = predict(model, x, 64).softmax(1)
+    assert (q > THRESHOLD).sum(1).min() == 1  # two are looked at all the same: one alone has no curvature
     for sample in range(SAMPLES):
         seen = q[sample].argsort(descending=True)[: max(2, int((q[sample] > THRESHOLD).sum()))]
         expected = (q[sample, seen, None] / q[sample, seen].sum() * whole[sample, seen]).sum(0).repeat(CLASSES, 1)
@@ -230,3 +232,16 @@ def test_restricting_twice_is_restricting_once():
     assert all(
         np.array_equal(a, b) for n in groups.labels for a, b in zip(groups.labels[n], whole.labels[n], strict=True)
     )
+
+
+def test_buffers_that_are_not_saved_are_restricted_too():
+    scope = {}
+    exec(CODE, scope)
+    model = scope["Net"]().eval()
+    analysis = analyse(model, (1, 8, 8))
+    kept = Masks("random", 1).of(analysis.groups)
+    compact, left = cut(model, analysis, kept)[0], analysis.groups.restricted(kept)
+    assert left.unsaved.keys() == {"attention.bias"}
+    (labels,) = left.unsaved["attention.bias"]
+    assert len(labels) == len(compact.attention.bias) < len(model.attention.bias)
+    assert labels.tolist() == left.labels["attention.qkv.weight"][0].tolist()

@@ -34,8 +34,9 @@ a method looks at: gate criteria get the pool that set-aware gets, slower ones 2
 Trained networks and finished results stay in the folder --cache, each in a file named after all its settings, so that
 an interrupted run goes on and two runs may work side by side (one --only vgg, one --only resnet); the report says how
 many were reused. A result is measured anew when the code of its criterion or selection has changed, comments aside.
---from-cache measures nothing, --more adds variants of methods. One thread. Tables have the mean over seeds ± the standard deviation. --quick measures
-another, smaller network and fewer cases; bars that need the trained network of the full run are then left out.
+--from-cache measures nothing, --more adds variants of methods. One thread. Tables have the mean over seeds ± the
+standard deviation. --quick measures another, smaller network and fewer cases; bars that need the trained network of the
+full run are then left out.
 
 The last line is JSON: each figure, the bar beside it, and `holds`, over the bars of the parts that ran.
 """

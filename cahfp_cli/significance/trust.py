@@ -16,7 +16,7 @@ from cahfp_cli.significance.statistics import Floats, GateStatistics
 
 SHARES = (0.05, 0.1, 0.2)
 """Of each family's groups, the least significant ones: the sets whose removal is predicted and measured."""
-LEAST_RELIABILITY, LEAST_SAMPLES, LARGEST_RATIO = 0.9, 32.0, 3.0
+LEAST_RELIABILITY, LEAST_SAMPLES, LARGEST_RATIO = 0.9, 10.0, 3.0
 """Beyond these a warning is due."""
 
 

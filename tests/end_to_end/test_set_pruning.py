@@ -88,7 +88,7 @@ def test_score_says_how_far_it_can_be_trusted_and_records_it(fleet: Fleet) -> No
     with safe_open(fleet.scores, "numpy") as file:
         assert json.loads(file.metadata()["cahfp"])["trust"] == judged
         assert file.get_tensor("interactions").shape[1] == fleet.said["score"].json["groups"]
-    assert ("few samples" in fleet.said["score"].stderr) == (judged["effective_samples"] < 32)
+    assert ("few samples" in fleet.said["score"].stderr) == (judged["effective_samples"] < 10)
 
 
 @pytest.fixture(scope="module")

@@ -153,13 +153,13 @@ def judged(measured=1.0, predicted=1.0, **changes):
 
 
 def test_there_is_no_warning_at_the_limits_and_one_for_each_just_beyond():
-    assert (LEAST_RELIABILITY, LEAST_SAMPLES, LARGEST_RATIO) == (0.9, 32.0, 3.0)
+    assert (LEAST_RELIABILITY, LEAST_SAMPLES, LARGEST_RATIO) == (0.9, 10.0, 3.0)
     just = 1e-3
     assert judged().warnings() == judged(sets=()).warnings() == []
-    assert judged(reliability=0.9).warnings() == judged(effective_samples=32.0).warnings() == []
+    assert judged(reliability=0.9).warnings() == judged(effective_samples=10.0).warnings() == []
     assert len(judged(reliability=0.9 - just).warnings()) == 1
     assert "reliability 0.90" in judged(reliability=0.9 - just).warnings()[0]
-    assert "as much as 32 alike" in judged(effective_samples=32 - just).warnings()[0]
+    assert "as much as 10 alike" in judged(effective_samples=10 - just).warnings()[0]
     for ratio in (3 - just, 1 / 3 + just):
         assert judged(measured=ratio).warnings() == []
     for ratio, text in ((3 + just, "3.0"), (1 / 3 - just, "0.3"), (20, "20.0")):

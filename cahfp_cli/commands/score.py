@@ -103,7 +103,9 @@ def score(
         found = measure(network.model, analysis.groups, chosen, calibration, how, progress)
         judged = None
         if found.gates is not None:
-            judged = trust(network.model, analysis, found.gates, others.x if others else None, batch_size)
+            judged = trust(
+                network.model, analysis, found.significance, found.gates, others.x if others else None, batch_size
+            )
     for warning in judged.warnings() if judged else ():
         console.warn(f"{warning}; more --samples may help")
     recorded: Json = {"criterion": criterion, "seed": seed}

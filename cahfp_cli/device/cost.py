@@ -117,6 +117,7 @@ class CostModel:
     """A workload compiled for one device (or for none: then there is no latency).
 
     alignment: channels that are computed together; a width inside such a step costs as much as one at its end.
+    full_widths: int64 (families,), and full: their cost.
     """
 
     def __init__(self, workload: Workload, profile: DeviceProfile | None) -> None:
@@ -147,6 +148,8 @@ class CostModel:
             self._peak, self._bandwidth = profile.compute.fp32.reached, profile.memory.reached
             self._cache = profile.memory.cache.si if profile.memory.cache is not None else 0.0
             self._operator_overhead, self._call_overhead = profile.overheads.operator.si, profile.overheads.call.si
+        self.full_widths = np.array(workload.full_widths, np.int64)
+        self.full = self.cost(self.full_widths)
 
     def cost(self, widths: NDArray[Any]) -> Cost:
         """All costs of `widths`, shape (families,) or (batch, families): groups kept, not negative.

@@ -18,6 +18,7 @@ from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.coupling.trace import Trace
 from cahfp_cli.pruning.index_map import Factors
 from cahfp_cli.pruning.linearised import Linearised
+from cahfp_cli.significance.divergence import divergence
 
 Mask = NDArray[np.bool_]
 Gates = NDArray[np.float64]
@@ -174,13 +175,19 @@ def conjugate_gradients(
     return x
 
 
-def compensated(gates: Gates, change: Gates, now: float, divergence_at: Callable[[Gates], float]) -> Gates:
-    """The gates after the largest share of `change` that lowers the measured divergence; as they were if none does.
+def compensated(
+    gates: Gates, change: Gates, reference: torch.Tensor, logits_at: Callable[[Gates], torch.Tensor]
+) -> tuple[Gates, torch.Tensor]:
+    """The gates after the largest share of `change` that lowers the measured divergence from the reference, as they
+    were if none does; and the logits there.
 
-    Args: gates, change: float64 (groups,); now: the divergence at `gates`, nats.
+    Args: gates, change: float64 (groups,); reference: (n, m), each row sums to 1; logits_at: measures (n, m) logits.
     """
+    logits = logits_at(gates)
+    now = divergence(reference, logits)
     for share in STEPS:
         trial = np.clip(gates * (1 + share * change), LEAST_GATE, GREATEST_GATE)
-        if divergence_at(trial) < now:
-            return trial
-    return gates
+        moved = logits_at(trial)
+        if divergence(reference, moved) < now:
+            return trial, moved
+    return gates, logits

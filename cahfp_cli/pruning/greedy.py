@@ -1,29 +1,20 @@
 """Greedy removal: group after group, the one that costs least loss for what it saves, until all limits hold."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cahfp_cli.device.cost import CostModel
 from cahfp_cli.pruning.budget import Limits, values_of
 from cahfp_cli.pruning.linearised import Removal
-from cahfp_cli.pruning.selection import Widths
+from cahfp_cli.pruning.target import Target, Widths
+
+Floats = NDArray[np.float64]
 
 SHORTLIST = 3
 """Groups of each family, those with the least estimates, that are looked at exactly."""
 AT_ONCE = 1000
 """A step removes one of so many groups, or one: large networks take as many steps as small ones."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What must hold: `limits` of the cost, and no family wider than `most`, int64 (families,), or narrower than
-    `least`."""
-
-    limits: Limits
-    least: Widths
-    most: Widths
 
 
 def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Widths, target: Target) -> Widths:
@@ -47,8 +38,8 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         saving = savings(cost, widths, target, over, open_families) if over else np.ones(len(widths))
         candidates = shortlist(removal, members, open_families)
         loss = removal.exact(candidates).cpu().double().numpy()
-        ratio = loss / np.maximum(saving[family[candidates.cpu().numpy()]], 1e-12)
-        for position in np.argsort(ratio, kind="stable")[: max(1, int(removal.alive.sum()) // AT_ONCE)]:
+        price = price_of(loss, np.maximum(saving[family[candidates.cpu().numpy()]], 1e-12))
+        for position in np.argsort(price, kind="stable")[: max(1, int(removal.alive.sum()) // AT_ONCE)]:
             group = int(candidates[position])
             if widths[family[group]] > target.least[family[group]]:
                 removal.remove(group)
@@ -56,14 +47,18 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
                 widths[family[group]] -= 1
 
 
+def price_of(loss: Floats, saving: Floats) -> Floats:
+    """Loss for what is saved, the least first; a group that lowers the loss goes before all others, the sooner the more
+    it lowers and saves."""
+    return np.asarray(np.where(loss < 0, loss * saving, loss / saving))
+
+
 def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:
     """The names of the limits that do not hold."""
     return [name for name, excess in limits.excess(cost.cost(widths)).items() if excess > 1.0]
 
 
-def savings(
-    cost: CostModel, widths: Widths, target: Target, over: list[str], families: Widths
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def savings(cost: CostModel, widths: Widths, target: Target, over: list[str], families: Widths) -> Floats:
     """What one group less of each family saves of the exceeded costs, each as a share of its limit; float64
     (families,), 0 for those not asked for.
 

@@ -5,17 +5,15 @@ spent group by group, on the most significance a marginal cost. Costs are those 
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.device.cost import Cost, CostModel
-from cahfp_cli.errors import BudgetError
-from cahfp_cli.pruning.budget import Budget, Limits, limits_of, shown, values_of
+from cahfp_cli.pruning.budget import Budget, Limits, values_of
+from cahfp_cli.pruning.target import Target, Widths, target_of
 
 Mask = NDArray[np.bool_]
-Widths = NDArray[np.int64]
 SHARE_STEPS = 40
 
 
@@ -66,68 +64,32 @@ def select(
     Raises:
         BudgetError: the narrowest network is already too much; the message has the smallest reachable values.
     """
-    full_widths = np.asarray(model.workload.full_widths, dtype=np.int64)
-    full = model.cost(full_widths)
-    limits = limits_of(budget, full)
-    least = np.minimum(full_widths, 1 if narrowest is None else narrowest)
-    most = widest(budget, full_widths, least)
-    check_reachable(model, limits, least)
-    widths = grow(significance, family, model, limits, uniform(model, limits, full_widths, least, most), most)
-    return finished(strongest(significance, family, widths), model, widths, limits, budget)
+    target = target_of(budget, model, narrowest)
+    widths = grow(significance, family, model, target, uniform(model, target))
+    return finished(strongest(significance, family, widths), model, widths, target)
 
 
-def widest(budget: Budget, full_widths: Widths, least: Widths) -> Widths:
-    """The most groups that each family may keep by the budget's `keep`, int64 (families,)."""
-    rounded = np.floor(full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64)
-    return np.asarray(np.maximum(rounded, least))
-
-
-def finished(kept: Mask, model: CostModel, widths: Widths, limits: Limits, budget: Budget) -> Selection:
+def finished(kept: Mask, model: CostModel, widths: Widths, target: Target) -> Selection:
     """A mask with what it costs."""
-    cost, full = model.cost(widths), model.cost(np.asarray(model.workload.full_widths, dtype=np.int64))
-    excess = limits.excess(cost)
-    binding = max(excess, key=lambda name: excess[name]) if excess else ("keep" if budget.keep else None)
-    return Selection(kept, cost, full, limits, binding)
+    cost = model.cost(widths)
+    excess = target.limits.excess(cost)
+    binding = max(excess, key=lambda name: excess[name]) if excess else ("keep" if target.narrows(model) else None)
+    return Selection(kept, cost, model.full, target.limits, binding)
 
 
-def check_reachable(model: CostModel, limits: Limits, least: Widths) -> None:
-    """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
-    narrowest = model.cost(least)
-    broken = [name for name, limit in limits.by_name.items() if values_of(narrowest, name) > limit]
-    if broken:
-        parts = [
-            f"{name} {shown(name, limits.by_name[name])} (smallest reachable: "
-            f"{shown_up(name, float(values_of(narrowest, name)))})"
-            for name in broken
-        ]
-        raise BudgetError(
-            f"the budget cannot be met even with the fewest channels a layer: {', '.join(parts)}.\n"
-            "Raise the budget, or start from a smaller network."
-        )
-
-
-def shown_up(name: str, value: float) -> str:
-    """As `shown`, rounded so that the text is never below the value: it can be passed back as a budget."""
-    if name in ("memory", "storage"):
-        return f"{ceil(value / 1e3)} KB"
-    if name == "latency":
-        return f"{ceil(value * 1e7) / 10:.1f} us" if value < 1e-3 else f"{ceil(value * 1e5) / 100:.2f} ms"
-    return str(ceil(value))
-
-
-def uniform(model: CostModel, limits: Limits, full_widths: Widths, least: Widths, most: Widths) -> Widths:
+def uniform(model: CostModel, target: Target) -> Widths:
     """Widths of the largest share, the same in every family, that fits; costs grow with widths, so bisection works."""
 
     def of(share: float) -> Widths:
-        widths: Widths = np.floor(full_widths * share + 0.5).astype(np.int64)
-        return np.maximum(np.minimum(widths, most), least)
+        widths: Widths = np.floor(model.full_widths * share + 0.5).astype(np.int64)
+        return np.maximum(np.minimum(widths, target.most), target.least)
 
-    if limits.fit(model.cost(most)).all():
-        return most
+    if target.limits.fit(model.cost(target.most)).all():
+        return target.most
     low, high = 0.0, 1.0
     for _ in range(SHARE_STEPS):
         middle = (low + high) / 2
-        if limits.fit(model.cost(of(middle))).all():
+        if target.limits.fit(model.cost(of(middle))).all():
             low = middle
         else:
             high = middle
@@ -138,22 +100,21 @@ def grow(
     significance: NDArray[np.float64],
     family: Widths,
     model: CostModel,
-    limits: Limits,
+    target: Target,
     widths: Widths,
-    most: Widths,
 ) -> Widths:
     """Spend what is left of the budget: again and again the best affordable next group, by significance a cost."""
     ranked = by_family(significance, family, len(widths))
-    widths = widths.copy()
-    while (growing := np.flatnonzero(widths < most)).size:
+    widths, limits = widths.copy(), target.limits.by_name
+    while (growing := np.flatnonzero(widths < target.most)).size:
         candidates = np.repeat(widths[None], len(growing), axis=0)
         candidates[np.arange(len(growing)), growing] += 1
         cost = model.cost(candidates)
-        fits = limits.fit(cost)
+        fits = target.limits.fit(cost)
         if not fits.any():
             break
         now = model.cost(widths)
-        increase = sum((values_of(cost, name) - values_of(now, name)) / limit for name, limit in limits.by_name.items())
+        increase = sum((values_of(cost, name) - values_of(now, name)) / limit for name, limit in limits.items())
         worth = np.array([significance[ranked[f][widths[f]]] for f in growing])
         gain = worth / np.maximum(increase, 1e-12)
         widths[growing[int(np.argmax(np.where(fits, gain, -np.inf)))]] += 1

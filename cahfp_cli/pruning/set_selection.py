@@ -17,13 +17,14 @@ from cahfp_cli.coupling.analysis import Analysis, cut
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.data.dataset import Dataset
-from cahfp_cli.device.cost import Cost, CostModel
+from cahfp_cli.device.cost import CostModel
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.budget import Budget, Limits, limits_of, values_of
+from cahfp_cli.pruning.budget import Budget, Limits, values_of
 from cahfp_cli.pruning.compensation import DAMPING, FoldedWeights, Gates, compensated, foldable, gauss_newton
-from cahfp_cli.pruning.greedy import Target, remove_to_fit
+from cahfp_cli.pruning.greedy import remove_to_fit
 from cahfp_cli.pruning.linearised import Linearised, Quadratic
-from cahfp_cli.pruning.selection import Prediction, Selection, Widths, check_reachable, finished, widest
+from cahfp_cli.pruning.selection import Prediction, Selection, finished
+from cahfp_cli.pruning.target import Target, Widths, target_of
 from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
 
@@ -83,12 +84,7 @@ def select_set(
         InputError: gates cannot be measured, or outputs are not finite.
     """
     options = options or SetOptions()
-    full_widths = np.asarray(cost.workload.full_widths, dtype=np.int64)
-    full = cost.cost(full_widths)
-    limits = limits_of(budget, full)
-    least = np.minimum(full_widths, analysis.groups.narrowest)
-    most = widest(budget, full_widths, least)
-    check_reachable(cost, limits, least)
+    target = target_of(budget, cost, analysis.groups.narrowest)
     network = PrunedNetwork(model, analysis, calibration, options)
     rounds = options.rounds + (options.polish if options.compensate else 0)
     predicted = measured = 0.0
@@ -96,14 +92,11 @@ def select_set(
         linearised = network.linearised()
         if done <= options.rounds:
             share = (done / options.rounds) ** FRONT_LOADING
-            width_limit = full_widths - np.floor((full_widths - most) * share).astype(np.int64)
-            predicted, measured = network.remove(
-                linearised, cost, Target(towards(limits, full, share), least, width_limit)
-            )
+            predicted, measured = network.remove(linearised, cost, towards(target, cost, share))
         if options.compensate:
             network.compensate(linearised)
         on_progress(done, rounds)
-    selection = finished(network.kept, cost, network.widths(), limits, budget)
+    selection = finished(network.kept, cost, network.widths(), target)
     prediction = Prediction(predicted, measured, network.divergence())
     return replace(selection, gates=network.gates if options.compensate else None, prediction=prediction)
 
@@ -116,26 +109,24 @@ def select_from_interactions(
     Args: interactions: float32 (rows, groups), of a scores file.
     Raises: BudgetError: the narrowest network is already too much.
     """
-    full_widths = np.asarray(cost.workload.full_widths, dtype=np.int64)
-    limits = limits_of(budget, cost.cost(full_widths))
-    least = np.minimum(full_widths, groups.narrowest)
-    check_reachable(cost, limits, least)
+    target = target_of(budget, cost, groups.narrowest)
     removal = Quadratic(torch.from_numpy(interactions), torch.zeros(groups.count))
-    widths = remove_to_fit(
-        removal, groups.family, cost, full_widths, Target(limits, least, widest(budget, full_widths, least))
-    )
-    selection = finished(removal.alive.numpy(), cost, widths, limits, budget)
+    widths = remove_to_fit(removal, groups.family, cost, cost.full_widths, target)
+    selection = finished(removal.alive.numpy(), cost, widths, target)
     return replace(selection, prediction=Prediction(removal.divergence()))
 
 
-def towards(limits: Limits, full: Cost, share: float) -> Limits:
-    """Limits on the way from the full network's costs to `limits`, by equal factors; share 1 is there."""
+def towards(target: Target, cost: CostModel, share: float) -> Target:
+    """A target on the way from the full network to `target`: limits by equal factors, widths by equal steps; share 1 is
+    there."""
 
     def between(name: str, limit: float) -> float:
-        whole = float(values_of(full, name))
+        whole = float(values_of(cost.full, name))
         return limit if share == 1.0 or limit >= whole else whole * (limit / whole) ** share
 
-    return Limits({name: between(name, limit) for name, limit in limits.by_name.items()})
+    limits = Limits({name: between(name, limit) for name, limit in target.limits.by_name.items()})
+    most = cost.full_widths - np.floor((cost.full_widths - target.most) * share).astype(np.int64)
+    return replace(target, limits=limits, most=most)
 
 
 class PrunedNetwork:
@@ -159,6 +150,7 @@ class PrunedNetwork:
         self._classes, self._reference = compared(logits, labels)
         self._movable = foldable(model, analysis)
         self._round = 0
+        self._ahead: torch.Tensor | None = logits.gather(1, self._classes)[self._rows(1)]  # of the next round's samples
         self.kept = np.ones(analysis.groups.count, dtype=bool)
         self.gates = np.ones(analysis.groups.count)
         self._compact, self._groups = self._cut()
@@ -176,12 +168,13 @@ class PrunedNetwork:
         """The network in its gates as it is now, on the next round's samples."""
         self._round += 1
         rows = self._rows(self._round)
+        logits = self._logits(rows) if self._ahead is None else self._ahead
         found = gate_jacobian(
             self._compact,
             self._groups,
             self._samples[rows],
             self._classes[rows],
-            self._logits(rows),
+            logits,
             relevance=self._reference[rows],
             threshold=self._options.relevance,
             batch_size=self._options.batch_size,
@@ -199,6 +192,7 @@ class PrunedNetwork:
         self._compact, self._groups = self._cut()
         self._weights = FoldedWeights(self._compact, self._groups)
         self._weights.set(self.gates[self.kept])
+        self._ahead = None
         linearised.recentre(self._logits(self._rows(self._round)))
         return predicted, linearised.divergence()
 
@@ -211,12 +205,11 @@ class PrunedNetwork:
         change = gauss_newton(linearised, movable, self._options.damping)[alive]
         rows = self._rows(self._round + 1)
 
-        def divergence_at(gates: Gates) -> float:
+        def logits_at(gates: Gates) -> torch.Tensor:
             self._weights.set(gates)
-            return divergence(self._reference[rows], self._logits(rows))
+            return self._logits(rows)
 
-        now = divergence_at(self.gates[numbers])
-        self.gates[numbers] = compensated(self.gates[numbers], change, now, divergence_at)
+        self.gates[numbers], self._ahead = compensated(self.gates[numbers], change, self._reference[rows], logits_at)
         self._weights.set(self.gates[numbers])
 
     def _rows(self, number: int) -> torch.Tensor:

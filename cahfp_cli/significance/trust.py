@@ -65,14 +65,16 @@ def ratio(removed: RemovedSet) -> float:
 def trust(
     model: nn.Module,
     analysis: Analysis,
+    significance: Floats,
     statistics: GateStatistics,
     held_out: NDArray[Any] | None,
     batch_size: int,
 ) -> Trust:
-    """Judge gate statistics.
+    """Judge scores and the gate statistics behind them.
 
     Args:
         model: in evaluation mode on the device to compute on. statistics: of it.
+        significance: float64 (groups,), what decides on the sets that are removed for a test.
         held_out: samples like those of the statistics and not among them; None where there are none.
     """
     contributions = statistics.contributions
@@ -80,7 +82,7 @@ def trust(
     effective = float(contributions.sum()) ** 2 / squares if squares > 0 else 0.0
     sets: tuple[RemovedSet, ...] = ()
     if held_out is not None and statistics.interactions is not None:
-        sets = tuple(removed_sets(model, analysis, statistics, held_out, batch_size))
+        sets = tuple(removed_sets(model, analysis, significance, statistics.interactions, held_out, batch_size))
     return Trust(reliability(statistics.halves), effective, sets)
 
 
@@ -99,16 +101,20 @@ def reliability(halves: Floats) -> float:
 
 
 def removed_sets(
-    model: nn.Module, analysis: Analysis, statistics: GateStatistics, held_out: NDArray[Any], batch_size: int
+    model: nn.Module,
+    analysis: Analysis,
+    significance: Floats,
+    interactions: NDArray[np.float32],
+    held_out: NDArray[Any],
+    batch_size: int,
 ) -> list[RemovedSet]:
     """Predict and measure what some sets cost; sets that would be empty are left out."""
     samples = torch.from_numpy(held_out).to(next(model.parameters()).device)
     reference = predict(model, samples, batch_size).softmax(1)
-    interactions = statistics.interactions
     found = []
     for share in SHARES:
-        kept = without_least(analysis.groups, statistics.curvature, share)
-        if kept.all() or interactions is None:
+        kept = without_least(analysis.groups, significance, share)
+        if kept.all():
             continue
         compact, _ = cut(model, analysis, kept)
         measured = divergence(reference, predict(compact, samples, batch_size))

@@ -15,7 +15,8 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
     """Replace the running statistics of every batch norm by the mean of those of the batches of `x`, in place.
 
-    Everything but the batch norms stays in evaluation mode; weights do not change. A batch norm that does not run then,
+    Everything but the batch norms stays in evaluation mode; weights do not change, and neither does the count of
+    training batches. A batch norm that does not run then,
     as in a head that only training has, keeps its statistics.
 
     Args: x: samples, (n, ...), of which a last batch of one is left out.
@@ -46,6 +47,7 @@ def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
             norm.load_state_dict(statistics, strict=False)
             continue
         measured += 1
+        norm.load_state_dict({"num_batches_tracked": statistics["num_batches_tracked"]}, strict=False)
         if not all(bool(torch.isfinite(buffer).all()) for buffer in norm.buffers()):
             raise InputError("statistics of a batch norm are NaN or Inf on the calibration data")
     return measured

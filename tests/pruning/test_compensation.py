@@ -352,20 +352,27 @@ def test_the_largest_share_that_lowers_the_divergence_is_taken_and_none_if_none_
     gates, change, calls = np.array([1.0, 2.0, 0.5]), np.array([0.4, -0.2, 0.0]), []
     shares = {tuple(gates * (1 + share * change)): share for share in (1.0, 0.5, 0.25)}
 
-    def divergence_at(trial):
+    def logits_at(trial):
         calls.append(trial)
-        return 0.9 if shares[tuple(trial)] in good else 1.0  # 1.0 is no better than now
+        return torch.tensor([[0.0, 0.0, 1.0 if shares.get(tuple(trial)) in good else 2.0]])  # 2 is no better than now
 
-    found = compensated(gates, change, 1.0, divergence_at)
+    reference = torch.full((1, 3), 1 / 3)
+    found, logits = compensated(gates, change, reference, logits_at)
     np.testing.assert_allclose(found, gates * (1 + expected * change), rtol=1e-15)
-    assert len(calls) == tried
+    assert logits[0, 2] == (1.0 if good else 2.0)
+    assert len(calls) == 1 + tried  # the first says where we are
     assert list(STEPS) == [1.0, 0.5, 0.25]
     assert gates.tolist() == [1.0, 2.0, 0.5]
 
 
 def test_a_divergence_that_is_not_a_number_is_not_lower():
-    gates = np.ones(2)
-    assert compensated(gates, np.full(2, 0.1), 1.0, lambda trial: np.nan) is gates
+    gates, reference = np.ones(2), torch.full((1, 2), 0.5)
+
+    def logits_at(trial):
+        return torch.tensor([[0.0, 1.0 if trial is gates else np.nan]])
+
+    found, logits = compensated(gates, np.full(2, 0.1), reference, logits_at)
+    assert found is gates and logits[0, 1] == 1.0
 
 
 @given(
@@ -374,9 +381,10 @@ def test_a_divergence_that_is_not_a_number_is_not_lower():
 )
 @examples(60)
 def test_gates_stay_within_their_bounds_however_often_they_move(gates, change):
-    found = np.array(gates)
+    found, better = np.array(gates), iter(range(100, 0, -1))
     for _ in range(6):
-        found = compensated(found, np.array(change), 1.0, lambda trial: 0.0)
+        reference = torch.full((1, 2), 0.5)
+        found, _ = compensated(found, np.array(change), reference, lambda trial: torch.tensor([[0.0, next(better)]]))
         assert np.array_equal(found, found.clip(LEAST_GATE, GREATEST_GATE))
     assert [LEAST_GATE, GREATEST_GATE] == [0.25, 4.0]
 

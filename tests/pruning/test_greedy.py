@@ -12,9 +12,10 @@ from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.pruning import greedy
 from cahfp_cli.pruning.budget import Limits, values_of
-from cahfp_cli.pruning.greedy import Target, exceeded, remove_to_fit, savings
+from cahfp_cli.pruning.greedy import exceeded, price_of, remove_to_fit, savings
 from cahfp_cli.pruning.linearised import Linearised, Quadratic
 from cahfp_cli.pruning.selection import strongest
+from cahfp_cli.pruning.target import Target
 from cahfp_cli.significance.gates import GateJacobian
 from tests.networks import examples
 from tests.pruning.test_linearised import linearised, made_up
@@ -231,3 +232,8 @@ def test_of_two_channels_that_cancel_the_second_goes_at_a_gain(kind):
     remove_to_fit(removal, np.zeros(3, int), cost, np.array([3]), Target(Limits({}), np.ones(1, int), np.array([1])))
     assert removal.alive.tolist() == [False, False, True]
     assert removal.divergence() < 0.02 * float(start.curvature()[0])
+
+
+def test_groups_that_lower_the_loss_go_first_and_of_those_what_lowers_and_saves_most():
+    loss, saving = np.array([1.0, -1.0, 1.0, -1.0, -2.0]), np.array([2.0, 1.0, 1.0, 3.0, 3.0])
+    assert price_of(loss, saving).argsort().tolist() == [4, 3, 1, 0, 2]

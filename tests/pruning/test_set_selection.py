@@ -28,6 +28,7 @@ from cahfp_cli.pruning.compensation import GREATEST_GATE, LEAST_GATE, compensate
 from cahfp_cli.pruning.selection import select
 from cahfp_cli.pruning.set_selection import SetOptions, compared, select_from_interactions, select_set, towards
 from cahfp_cli.pruning.submodel import gather_all, make_index_map, with_arrays
+from cahfp_cli.pruning.target import Target
 from cahfp_cli.significance.gates import gate_jacobian, predict
 from cahfp_cli.significance.statistics import gate_statistics
 from cahfp_cli.training.evaluation import evaluate
@@ -266,10 +267,10 @@ def test_rounds_look_at_samples_of_their_own_and_judge_compensation_on_the_next_
         judged.append(numbers(samples))
         return predict(model, samples, batch_size)
 
-    def search(gates, change, now, divergence_at):
+    def search(gates, change, reference, logits_at):
         with monkeypatch.context() as patch:
             patch.setattr(set_selection, "predict", seen)
-            return compensated(gates, change, now, divergence_at)
+            return compensated(gates, change, reference, logits_at)
 
     monkeypatch.setattr(set_selection, "gate_jacobian", jacobian)
     monkeypatch.setattr(set_selection, "compensated", search)
@@ -302,10 +303,14 @@ def test_what_is_predicted_is_the_softmax_of_linearised_logits_or_the_quadratic_
 def test_limits_on_the_way_fall_by_equal_factors_and_end_where_they_must(digits):
     whole = float(digits.full.macs)
     limits = Limits({"macs": whole * 0.1, "params": float(digits.full.params) * 3})
+    wide = digits.cost.full_widths
+    target = Target(limits, np.ones_like(wide), wide // 2)
     for share in (0.0, 0.25, 0.5):
-        found = towards(limits, digits.full, share).by_name
-        assert found == {"macs": pytest.approx(whole * 0.1**share), "params": limits.by_name["params"]}
-    assert towards(limits, digits.full, 1.0) == limits
+        found = towards(target, digits.cost, share)
+        assert found.limits.by_name == {"macs": pytest.approx(whole * 0.1**share), "params": limits.by_name["params"]}
+        assert (found.most >= wide - share * (wide - wide // 2)).all() and (found.most <= wide).all()
+    assert towards(target, digits.cost, 1.0).limits == limits
+    assert np.array_equal(towards(target, digits.cost, 1.0).most, target.most)
 
 
 def test_progress_counts_rounds_and_polish(digits):

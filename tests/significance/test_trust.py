@@ -93,7 +93,9 @@ def test_twice_the_samples_agree_as_much_as_the_halves_predict():
 def test_effective_samples_count_how_many_alike_would_do(network, contributions, expected):
     model, analysis, statistics, _ = network
     changed = replace(statistics, contributions=np.array(contributions))
-    assert trust(model, analysis, changed, None, 64).effective_samples == pytest.approx(expected, rel=1e-6)
+    assert trust(model, analysis, changed.curvature, changed, None, 64).effective_samples == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def test_effective_samples_count_how_many_alike_would_do(network, contributions,
 
 def test_sets_are_predicted_by_the_quadratic_form_and_measured_on_what_was_held_out(network):
     model, analysis, statistics, held_out = network
-    judged = trust(model, analysis, statistics, held_out, 16)
+    judged = trust(model, analysis, statistics.curvature, statistics, held_out, 16)
     ggn = statistics.interactions.astype(np.float64).T @ statistics.interactions.astype(np.float64)
     assert [one.share for one in judged.sets] == list(SHARES) == [0.05, 0.1, 0.2]
     for one in judged.sets:
@@ -136,12 +138,15 @@ def test_sets_are_the_least_significant_of_each_family_and_leave_what_must_stay(
 
 def test_nothing_is_put_to_the_test_without_held_out_samples_or_interactions_or_in_tiny_layers(network):
     model, analysis, statistics, held_out = network
-    assert trust(model, analysis, statistics, None, 64).sets == ()
-    assert trust(model, analysis, replace(statistics, interactions=None), held_out, 64).sets == ()
+    assert trust(model, analysis, statistics.curvature, statistics, None, 64).sets == ()
+    assert trust(model, analysis, statistics.curvature, replace(statistics, interactions=None), held_out, 64).sets == ()
     small = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double().eval()
     own = analyse(small, (6,), torch.float64)
     found = gate_statistics(small, own.groups, held_out, np.zeros(SAMPLES, np.int64))
-    assert [(one.share, one.groups) for one in trust(small, own, found, held_out, 64).sets] == [(0.1, 1), (0.2, 2)]
+    assert [(one.share, one.groups) for one in trust(small, own, found.curvature, found, held_out, 64).sets] == [
+        (0.1, 1),
+        (0.2, 2),
+    ]
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ def test_what_is_held_out_is_drawn_from_the_rest_and_does_not_change_the_first_p
 @pytest.mark.parametrize("held_out", [True, False])
 def test_the_scores_file_keeps_trust_interactions_and_the_error_of_the_gradient(tmp_path, network, held_out):
     model, analysis, statistics, others = network
-    found = trust(model, analysis, statistics, others if held_out else None, 64)
+    found = trust(model, analysis, statistics.curvature, statistics, others if held_out else None, 64)
     scores = Scores(
         ScoresMetadata(
             checkpoint="0" * 64,

@@ -151,3 +151,10 @@ def test_statistics_that_are_not_finite_are_refused(net, value):
     x[9, 0, 2, 2] = value
     with pytest.raises(InputError, match="NaN or Inf on the calibration data"):
         recalibrate(net, x, 8)
+
+
+def test_the_count_of_training_batches_stays(net):
+    net.norm.num_batches_tracked.fill_(7)
+    before = {name: int(count) for name, count in net.named_buffers() if name.endswith("num_batches_tracked")}
+    assert recalibrate(net, samples(), 8) == 3
+    assert {name: int(net.get_buffer(name)) for name in before} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from cahfp_cli.device.profile import DefaultBudget, DeviceProfile
 
-app = typer.Typer(help="Show the device profiles.", no_args_is_help=True, rich_markup_mode=None)
+NAME_PATTERN = r"[a-z0-9]+(-[a-z0-9]+)*"
+
+app = typer.Typer(help="Show, measure and apply device profiles.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")
@@ -120,6 +123,60 @@ def predict(
         f"{format_count(float(cost.params))} params"
     )
     Console(json=json).result(human, machine)
+
+
+@app.command()
+def measure(
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write, a .toml file.")],
+    name: Annotated[str | None, typer.Option(help="Its name; the file's without the ending.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime computes with.")] = 1,
+    uplink: Annotated[float, typer.Option(min=0.001, help="Mbit/s to the server: not measured.")] = 20.0,
+    downlink: Annotated[float, typer.Option(min=0.001, help="Mbit/s from the server: not measured.")] = 100.0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+) -> None:
+    """Measure this machine with ONNX Runtime and write a calibrated profile; takes less than a minute."""
+    import numpy as np
+
+    from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target
+    from cahfp_cli.device.quantities import format_seconds
+
+    console = Console(json, quiet)
+    named = name or output.stem
+    if output.suffix != ".toml":
+        raise UsageError(f"{output}: a profile's file ends in .toml")
+    if not re.fullmatch(NAME_PATTERN, named):
+        raise UsageError(f"{named}: a profile's name has a-z, 0-9 and single hyphens only; pass --name")
+    check_file_target(output, force)
+
+    from cahfp_cli.device.measurement import measure_device, profile_toml
+
+    links = {
+        key: {"value": value, "unit": "Mbit/s", "source": "given to `cahfp profile measure`, or its default"}
+        for key, value in (("uplink", uplink), ("downlink", downlink))
+    }
+    with console.progress("measuring") as progress:
+        measured = measure_device(named, threads, links, progress)
+    with atomic_file(output, force) as temporary:
+        temporary.write_text(profile_toml(measured), encoding="utf-8")
+    errors = np.abs(measured.fit.residuals)
+    worst = np.argsort(-errors)[:5]
+    rows = [
+        [measured.names[i], format_seconds(measured.seconds[i]), f"{measured.fit.residuals[i]:+.1%}"] for i in worst
+    ]
+    human = (
+        f"{output}: {measured.profile.description}\n{_page(measured.profile)}\n\n"
+        f"{len(errors)} microbenchmarks: median error {np.median(errors):.1%}, 90% within "
+        f"{np.quantile(errors, 0.9):.1%}; the worst explained:\n{table(('microbenchmark', 'time', 'error'), rows)}"
+    )
+    machine = {
+        "output": str(output),
+        "profile": _machine(measured.profile),
+        "residuals": dict(zip(measured.names, measured.fit.residuals.tolist(), strict=True)),
+    }
+    console.result(human, machine)
 
 
 def _network(

@@ -204,6 +204,31 @@ class Overheads(Record):
     call: Duration
 
 
+class OperatorClass(Record):
+    """How fast kernels of one class were measured to be; a term that measurement left out is absent."""
+
+    rate: Rate | None = None
+    bandwidth: Bandwidth | None = None
+    overhead: Duration
+
+
+class Calibration(Record):
+    """Measured kernels, see device/latency.py; `reorder`: bandwidth between plain and blocked channels; `weights`: of
+    weights; `streaming`: what weights that the cache cannot hold take beyond that."""
+
+    conv: OperatorClass
+    narrow: OperatorClass
+    odd: OperatorClass
+    depthwise: OperatorClass
+    odd_depthwise: OperatorClass
+    matmul: OperatorClass
+    memory: OperatorClass
+    math: OperatorClass
+    reorder: Bandwidth | None = None
+    weights: Bandwidth | None = None
+    streaming: Bandwidth | None = None
+
+
 class PowerDraw(Record):
     """Power of the whole device while it computes, and while it waits."""
 
@@ -283,6 +308,7 @@ class DeviceProfile(Record):
     links: Links
     alignment: Alignment | None = None
     overheads: Overheads
+    calibration: Calibration | None = None
     power: PowerDraw | None = None
     budget: DefaultBudget | None = None
 

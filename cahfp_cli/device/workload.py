@@ -1,6 +1,8 @@
 """From a trace to a workload: which operators cost what, with sizes that follow the widths."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -10,17 +12,27 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
-from cahfp_cli.device.cost import Axis, Kind, Operator, Size, Workload
+from cahfp_cli.device.sizes import Axis, Kind, Operator, Product, Size, Workload
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(
     {"view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"}
     | {"detach", "alias", "slice", "select", "split", "split_with_sizes", "unbind", "_to_copy", "lift_fresh"}
 )
+TRANSPOSED = frozenset({"permute", "transpose"})
+"""Views in torch; runtimes move the bytes."""
 FUSED = frozenset(
     {"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min", "native_dropout", "dropout"}
 )
 """Activations that runtimes compute while they write a convolution's or product's output."""
+
+MATH = frozenset(
+    {"gelu", "erf", "exp", "tanh", "sigmoid", "silu", "hardswish", "_softmax", "_log_softmax", "native_layer_norm"}
+    | {"native_group_norm", "_safe_softmax", "mish", "elu", "pow", "sqrt", "rsqrt", "log", "softplus"}
+)
+"""Operators that compute more with each element than moving it."""
+STEPS = {"gelu": 4, "_safe_softmax": 2}
+"""Elementwise operators that these become in ONNX, beside the one that computes most."""
 
 
 def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
@@ -33,13 +45,19 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
     groups, trace = analysis.groups, analysis.traces[0]
     sizes = Sizes(groups, analysis.group_of_atom)
     depends = depends_on_input(trace)
-    folded = folded_operations(trace)
+    folded, fused = folded_operations(trace), fused_operations(trace)
     storage = storages(trace, depends, folded)
-    operators = [
-        describe(number, operation, trace, sizes, depends, folded[number])
-        for number, operation in enumerate(trace.operations)
-        if any(depends[value] for value in operation.outputs)
-    ]
+    operators: list[Operator] = []
+    made_by: dict[int, int] = {}  # value -> the timed operator that made it
+    for number, operation in enumerate(trace.operations):
+        if any(depends[value] for value in operation.outputs):
+            source = next((made_by[value] for value in operation.inputs if value in made_by), None)
+            found = describe(number, operation, trace, sizes, depends, fused[number])
+            operators += [replace(one, source=source) for one in found]
+            # What comes in blocks goes on in blocks, but not through a concatenation, which wants them whole.
+            passes = found[0].kind in ("free", "memory") and operation.name != "cat"
+            made = source if passes else len(operators) - 1
+            made_by.update({} if made is None else dict.fromkeys(operation.outputs, made))
     buffers, live = liveness(trace, depends, storage)
     return Workload(
         operators=tuple(operators),
@@ -117,6 +135,19 @@ def folded_operations(trace: Trace) -> list[bool]:
     ]
 
 
+def fused_operations(trace: Trace) -> list[bool]:
+    """As `folded_operations`, but an activation takes time unless it follows a product, its norm or an addition."""
+    folded = folded_operations(trace)
+    fusing: set[int] = set()
+    for number, operation in enumerate(trace.operations):
+        follows = bool(operation.inputs) and operation.inputs[0] in fusing
+        if operation.name in FUSED:
+            folded[number] = follows
+        if operation.name in {"convolution", "add", "add_", *PRODUCTS} or (folded[number] and follows):
+            fusing.update(operation.outputs)
+    return folded
+
+
 def liveness(
     trace: Trace, depends: list[bool], storage: list[int]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -136,8 +167,8 @@ def liveness(
 
 def describe(
     number: int, operation: Operation, trace: Trace, sizes: Sizes, depends: list[bool], is_folded: bool
-) -> Operator:
-    """One operator with its arithmetic and traffic."""
+) -> list[Operator]:
+    """The operator with its arithmetic and traffic, and what runtimes compute after it in one more."""
     values = trace.values
     activations = [value for value in operation.inputs if depends[value]]
     constants = [values[value] for value in operation.inputs if not depends[value]]
@@ -147,19 +178,48 @@ def describe(
     writes = tuple(sizes.of(values[value].axes) for value in operation.outputs)
     weights = tuple(sizes.of(value.axes) for value in constants)
     if operation.name == "convolution":
-        weight = constants[0]
-        kind: Kind = "depthwise" if operation.constants["groups"] > 1 and len(weight.axes[1]) == 1 else "conv"
-        # The kernel is applied at each output's position, or at each input's if transposed.
-        applied = values[activations[0]].axes if operation.constants["transposed"] else out.axes
-        macs = Size(tuple(sizes.axis(a) for a in (*applied, *weight.axes[1:])))
-        return Operator(name, kind, (macs,), reads, writes, weights)
+        kind, product = convolution(operation, constants[0], values[activations[0]], out, sizes)
+        return [Operator(name, kind, reads, writes, weights, product)]
     if operation.name in PRODUCTS:
         left = values[operation.inputs[-2] if len(operation.inputs) > 1 else operation.inputs[0]]
-        macs = Size(tuple(sizes.axis(a) for a in (*out.axes, left.axes[-1])))
-        return Operator(name, "matmul", (macs,), reads, writes, weights)
-    if is_folded and len(activations) == 1:
-        return Operator(name, "free")
-    return Operator(name, "memory", (), reads, writes, weights)
+        inner = sizes.axis(left.axes[-1])
+        product = Product(sizes.of(out.axes[:-1]), 1, inner, inner, sizes.axis(out.axes[-1]))
+        multiplied = Operator(name, "matmul", reads, writes, weights, product)
+        biased = operation.name == "addmm" and len(out.axes[0]) > 1  # one row has its bias added inside
+        return [multiplied, Operator(f"{name}+bias", "math", writes, writes)] if biased else [multiplied]
+    if operation.name in TRANSPOSED and len(out.axes) > 2:
+        return [Operator(name, "memory", reads, writes)]
+    if (is_folded and len(activations) == 1) or operation.name == "clone":  # a copy of what was transposed
+        return [Operator(name, "free")]
+    kind = "math" if operation.name in MATH else "memory"
+    steps = [Operator(f"{name}+{i}", "memory", writes, writes) for i in range(STEPS.get(operation.name, 0))]
+    return [Operator(name, kind, reads, writes, weights), *steps]
+
+
+def convolution(operation: Operation, weight: Value, x: Value, out: Value, sizes: Sizes) -> tuple[Kind, Product]:
+    """Its kind and product. A transposed one applies its kernel at each position of its input."""
+    transposed, several = operation.constants["transposed"], operation.constants["groups"] > 1
+    applied = x if transposed else out
+    rows = sizes.of((applied.axes[0], *applied.axes[2:]))
+    inside = 1.0
+    if len(weight.axes) == 4 and not transposed:
+        stride, padding, dilation = (operation.constants[name][0] for name in ("stride", "padding", "dilation"))
+        inside = share_inside(len(x.axes[2]), len(out.axes[2]), len(weight.axes[2]), stride, padding, dilation)
+    taps = prod(len(axis) for axis in weight.axes[2:])
+    inputs, outputs = sizes.axis(x.axes[1]), sizes.axis(out.axes[1])
+    if not several:
+        return "conv", Product(rows, taps, inputs, inputs, outputs, inside)
+    if len(weight.axes[1]) == 1:
+        return "depthwise", Product(rows, taps, inputs, Axis(1), outputs, inside)
+    # Stored transposed, a weight has a group's outputs on its second axis.
+    own = Axis(len(weight.axes[0]) // operation.constants["groups"]) if transposed else sizes.axis(weight.axes[1])
+    return "grouped", Product(rows, taps, inputs, own, outputs, inside)
+
+
+def share_inside(height: int, lines: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> float:
+    """The share of a kernel's lines that meet the image, mean over output lines."""
+    first = np.arange(lines)[:, None] * stride - padding + np.arange(kernel) * dilation
+    return float(((first >= 0) & (first < height)).mean())
 
 
 def operator_name(number: int, operation: Operation, constants: list[Value]) -> str:

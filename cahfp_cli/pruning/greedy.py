@@ -38,19 +38,13 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         saving = savings(cost, widths, target, over, open_families) if over else np.ones(len(widths))
         candidates = shortlist(removal, members, open_families)
         loss = removal.exact(candidates).cpu().double().numpy()
-        price = price_of(loss, np.maximum(saving[family[candidates.cpu().numpy()]], 1e-12))
-        for position in np.argsort(price, kind="stable")[: max(1, int(removal.alive.sum()) // AT_ONCE)]:
+        ratio = loss / np.maximum(saving[family[candidates.cpu().numpy()]], 1e-12)
+        for position in np.argsort(ratio, kind="stable")[: max(1, int(removal.alive.sum()) // AT_ONCE)]:
             group = int(candidates[position])
             if widths[family[group]] > target.least[family[group]]:
                 removal.remove(group)
                 removed.append(group)
                 widths[family[group]] -= 1
-
-
-def price_of(loss: Floats, saving: Floats) -> Floats:
-    """Loss for what is saved, the least first; a group that lowers the loss goes before all others, the sooner the more
-    it lowers and saves."""
-    return np.asarray(np.where(loss < 0, loss * saving, loss / saving))
 
 
 def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:

@@ -12,13 +12,10 @@ from cahfp_cli.device.catalogue import load_profile, profile_names
 from cahfp_cli.device.cost import (
     CONTAINER_BYTES,
     CONTAINER_BYTES_PER_OPERATOR,
-    Axis,
-    Operator,
-    Size,
-    Workload,
     compile_workload,
 )
 from cahfp_cli.device.profile import DeviceProfile
+from cahfp_cli.device.sizes import Axis, Operator, Product, Size, Workload
 
 IMAGE, POOLED, CLASSES = 12, 6, 10
 
@@ -37,15 +34,16 @@ def small_net() -> Workload:
     w1, w2 = Size((a, *fixed(3, 3, 3))), Size((a, *fixed(1, 3, 3)))
     w3, w4, w5 = Size((b, a, *fixed(3, 3))), Size((b, a)), Size((Axis(CLASSES), flat))
     source = Size(fixed(3, IMAGE, IMAGE))
+    rows, one, three = Size(image), Axis(1), Axis(3)
     operators = (
-        Operator("conv1", "conv", (Size((*w1.axes, *image)),), (source,), (stem,), (w1,)),
+        Operator("conv1", "conv", (source,), (stem,), (w1,), Product(rows, 9, three, three, a)),
         Operator("norm1", "free", weights=(Size((a,)), Size((a,)))),
-        Operator("depthwise", "depthwise", (Size((*w2.axes, *image)),), (stem,), (stem,), (w2,)),
-        Operator("conv2", "conv", (Size((*w3.axes, *image)),), (stem,), (wide,), (w3,)),
-        Operator("short", "conv", (Size((*w4.axes, *image)),), (stem,), (wide,), (w4,)),
-        Operator("add", "memory", (), (wide, wide), (wide,)),
-        Operator("pool", "memory", (), (wide,), (small,)),
-        Operator("linear", "matmul", (w5,), (small,), (out,), (w5, out)),
+        Operator("depthwise", "depthwise", (stem,), (stem,), (w2,), Product(rows, 9, a, one, a), 0),
+        Operator("conv2", "conv", (stem,), (wide,), (w3,), Product(rows, 9, a, a, b), 2),
+        Operator("short", "conv", (stem,), (wide,), (w4,), Product(rows, 1, a, a, b), 2),
+        Operator("add", "memory", (wide, wide), (wide,)),
+        Operator("pool", "memory", (wide,), (small,)),
+        Operator("linear", "matmul", (small,), (out,), (w5, out), Product(Size(()), 1, flat, flat, Axis(CLASSES))),
     )
     floats = (w1, w2, w3, w4, w5, out, Size((a,)), Size((a,)))
     parameters = (*((size, 4) for size in floats), (Size(()), 8))
@@ -63,14 +61,15 @@ def brute_force(widths: tuple[int, int], profile: DeviceProfile) -> dict[str, fl
     source, stem, wide, small = 3 * pixels, a * pixels, b * pixels, b * pooled
     weights = [a * 27, a * 9, b * a * 9, b * a, 0, 0, CLASSES * b * pooled + CLASSES]
     macs = [a * 27 * pixels, a * 9 * pixels, b * a * 9 * pixels, b * a * pixels, 0, 0, CLASSES * b * pooled]
+    deep = a if a < step else ceil(a)  # kernels for fewer channels than a step pad none of them
     padded = [
         ceil(a) * 27 * pixels,
         ceil(a) * 9 * pixels,
-        ceil(b) * ceil(a) * 9 * pixels,
-        ceil(b) * ceil(a) * pixels,
+        ceil(b) * deep * 9 * pixels,
+        ceil(b) * deep * pixels,
         0,
         0,
-        CLASSES * ceil(b * pooled),
+        ceil(CLASSES) * b * pooled,
     ]
     moved = [source + stem, 2 * stem, stem + wide, stem + wide, 3 * wide, wide + small, small + CLASSES]
     cache = profile.memory.cache.si if profile.memory.cache else 0
@@ -79,7 +78,7 @@ def brute_force(widths: tuple[int, int], profile: DeviceProfile) -> dict[str, fl
     for operations, activations, weight in zip(padded, moved, weights, strict=True):
         compute = 2 * operations / (profile.compute.fp32.peak.si * profile.compute.fp32.efficiency.si)
         memory = 4 * (activations + (weight if streams else 0)) / profile.memory.reached
-        latency += max(compute, memory) + profile.overheads.operator.si
+        latency += compute + memory + profile.overheads.operator.si
     stored = 4 * (sum(weights) + 2 * a) + 8
     steps = [source + stem, 2 * stem, stem + wide, stem + 2 * wide, 3 * wide, wide + small, small + CLASSES]
     return {
@@ -163,7 +162,8 @@ def test_alignment_makes_a_staircase_of_compute() -> None:
     model = compile_workload(small_net(), profile)
     widths = np.array([(n, 30) for n in range(1, 25)])
     compute = model.breakdown(widths).compute[:, 3]
-    assert len(set(compute[0:8])) == len(set(compute[8:16])) == 1
+    assert (np.diff(compute[:7]) > 0).all()  # fewer channels than a step: each counts
+    assert len(set(compute[7:8])) == len(set(compute[8:16])) == len(set(compute[16:24])) == 1
     assert compute[8] == pytest.approx(2 * compute[7])
 
 

@@ -12,7 +12,7 @@ from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.pruning import greedy
 from cahfp_cli.pruning.budget import Limits, values_of
-from cahfp_cli.pruning.greedy import exceeded, price_of, remove_to_fit, savings
+from cahfp_cli.pruning.greedy import exceeded, remove_to_fit, savings
 from cahfp_cli.pruning.linearised import Linearised, Quadratic
 from cahfp_cli.pruning.selection import strongest
 from cahfp_cli.pruning.target import Target
@@ -159,7 +159,9 @@ def test_savings_are_those_of_a_whole_step_for_each_of_its_groups():
     full = np.array([40, 64, 23])
     model = compile_workload(chain(full.tolist(), 8, 0), aligned())
     seconds = [float(model.cost(np.array(widths)).latency_seconds) for widths in ([40, 64, 23], [24, 64, 23])]
-    assert float(model.cost(np.array([39, 64, 23])).latency_seconds) == seconds[0]  # one group less saves nothing
+    assert float(model.cost(np.array([39, 64, 23])).latency_seconds) == pytest.approx(
+        seconds[0], rel=1e-9
+    )  # one less saves 0
     target = Target(Limits({"latency": 1e-3}), np.array([1, 1, 20]), full)
     found = savings(model, full, target, ["latency"], np.array([0, 2]))
     assert found[0] == pytest.approx((seconds[0] - seconds[1]) / 1e-3 / STEP, rel=1e-9)
@@ -179,7 +181,7 @@ def test_where_latency_alone_binds_widths_lie_on_steps_or_are_full(share):
     target = Target(Limits({"latency": low + share * (high - low)}), least, full)
     found = check(model, family, full, target, removal)
     assert (found < full).any()
-    assert ((found % STEP == 0) | (found == full)).all()
+    assert ((found % STEP == 0) | (found == full) | (found < STEP)).all()  # below a step, every channel counts
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -232,8 +234,3 @@ def test_of_two_channels_that_cancel_the_second_goes_at_a_gain(kind):
     remove_to_fit(removal, np.zeros(3, int), cost, np.array([3]), Target(Limits({}), np.ones(1, int), np.array([1])))
     assert removal.alive.tolist() == [False, False, True]
     assert removal.divergence() < 0.02 * float(start.curvature()[0])
-
-
-def test_groups_that_lower_the_loss_go_first_and_of_those_what_lowers_and_saves_most():
-    loss, saving = np.array([1.0, -1.0, 1.0, -1.0, -2.0]), np.array([2.0, 1.0, 1.0, 3.0, 3.0])
-    assert price_of(loss, saving).argsort().tolist() == [4, 3, 1, 0, 2]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cahfp_cli.device.catalogue import load_profile
-from cahfp_cli.device.cost import Axis, Operator, Size, Workload, compile_workload
+from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.quantities import Count, Share, parse_bytes, parse_limit, parse_seconds
+from cahfp_cli.device.sizes import Axis, Operator, Product, Size, Workload
 from cahfp_cli.errors import BudgetError, UsageError
 from cahfp_cli.pruning.budget import Budget, limits_of, values_of
 from cahfp_cli.pruning.selection import select
@@ -26,8 +27,8 @@ def chain(widths, side, constant):
     for number in range(len(axes) - 1):
         weight = Size((axes[number + 1], axes[number], Axis(3), Axis(3)))
         output = Size((axes[number + 1], Axis(side), Axis(side)))
-        macs = Size((*weight.axes, Axis(side), Axis(side)))
-        operators.append(Operator(f"conv{number}", "conv", (macs,), (buffers[-1],), (output,), (weight,)))
+        product = Product(Size((Axis(side), Axis(side))), 9, axes[number], axes[number], axes[number + 1])
+        operators.append(Operator(f"conv{number}", "conv", (buffers[-1],), (output,), (weight,), product))
         parameters.append((weight, 4))
         buffers.append(output)
     live = tuple((number, number + 1) for number in range(len(operators)))

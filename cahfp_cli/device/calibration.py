@@ -1,0 +1,64 @@
+"""Rates of a device's kernels from timed microbenchmarks.
+
+The cost model is linear in the inverse rates, so they come out of non-negative least squares on relative errors
+(Lawson and Hanson 1974): minimise the sum over microbenchmarks of ((predicted - measured) / measured)^2. What it is not
+linear in, the channel alignment and the size of the cache, is tried.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from cahfp_cli.device.latency import CLASSES, Kernels, Rates
+from cahfp_cli.device.microbenchmarks import Microbenchmark
+from cahfp_cli.device.sizes import Array
+
+ALIGNMENTS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (16, 4))
+"""(step, hard): channels computed together, and what blocked kernels want a multiple of."""
+CACHES = (1e6, 2e6, 4e6, 8e6, 12e6, 16e6, 24e6, 32e6, 64e6)
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """step, hard: channel alignment. residuals: predicted over measured minus 1, float64 (microbenchmarks,)."""
+
+    rates: Rates
+    step: int
+    hard: int
+    residuals: Array
+
+
+def fit(benchmarks: Sequence[Microbenchmark], seconds: Array) -> Fit:
+    """What explains measured seconds best, float64 (microbenchmarks,), of one call each."""
+    found = [fit_with(benchmarks, seconds, step, hard, cache) for (step, hard), cache in product(ALIGNMENTS, CACHES)]
+    return min(found, key=lambda one: float(np.square(one.residuals).sum()))
+
+
+def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, hard: int, cache: float) -> Fit:
+    """The rates, with this alignment and a cache of so many bytes."""
+    from scipy.optimize import nnls
+
+    features = np.stack([features_of(benchmark, step, hard, cache) for benchmark in benchmarks])
+    relative = features / seconds[:, None]
+    scale = np.maximum(np.linalg.norm(relative, axis=0), 1e-30)
+    solution, _ = nnls(relative / scale, np.ones(len(seconds)))
+    solution /= scale
+    operation, byte, overhead = solution[:-4].reshape(3, len(CLASSES))
+    reorder, weight, streaming, call = solution[-4:].tolist()
+    rates = Rates(operation, byte, overhead, reorder, weight, streaming, cache, call)
+    return Fit(rates, step, hard, relative @ solution - 1)
+
+
+def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -> Array:
+    """What each rate is multiplied with: by class operations, bytes and calls; bytes reordered, of weights, of weights
+    streamed; one call."""
+    found = Kernels(benchmark.operators, 0, step, hard).quantities(np.zeros((1, 0)))
+    by_class = [
+        np.bincount(found.classes[0], weights=quantity[0], minlength=len(CLASSES))
+        for quantity in (found.operations, found.moved, found.calls)
+    ]
+    weights = float(found.weights.sum())
+    return np.concatenate([*by_class, [float(found.reordered.sum()), weights, weights * (weights > cache), 1.0]])

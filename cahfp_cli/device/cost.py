@@ -2,7 +2,7 @@
 
 Latency is the sum over operators of what their kernels take (see latency.py) and an overhead of the call. Without a
 calibration every kernel runs at the profile's peaks. Then every cost grows with every width. With one, a width that a
-kernel's blocks do not fit can cost more than a wider one; `settled` are widths that do not have that.
+kernel's blocks do not fit can cost more than a wider one, see `CostModel.settled`.
 """
 
 from dataclasses import dataclass
@@ -56,6 +56,7 @@ class CostModel:
     """A workload compiled for one device (or for none: then there is no latency).
 
     alignment: channels that are computed together; a width inside such a step costs as much as one at its end.
+    hard: channels that fast kernels want a multiple of; a width that is none may take longer than a wider one.
     full_widths: int64 (families,), and full: their cost.
     """
 
@@ -75,12 +76,19 @@ class CostModel:
         alignment = None if profile is None else profile.alignment
         self.alignment = 1 if alignment is None else int(alignment.step.value)
         self._rates = None if profile is None else rates_of(profile)
-        if profile is not None:
-            # What paper says about a device knows of no slow kernels, so none are assumed.
-            hard = int(alignment.hard.value) if alignment is not None and profile.calibration is not None else 1
-            self._kernels = Kernels(operators, workload.families, self.alignment, hard)
+        # What paper says about a device knows of no slow kernels, so none are assumed.
+        slow = alignment is not None and profile is not None and profile.calibration is not None
+        self.hard = int(alignment.hard.value) if alignment is not None and slow else 1
+        self._kernels = Kernels(operators, workload.families, self.alignment, self.hard)
         self.full_widths = np.array(workload.full_widths, np.int64)
         self.full = self.cost(self.full_widths)
+
+    def settled(self, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The least widths that are not below these and that fast kernels take, or full; int64 like `widths`.
+
+        Costs of settled widths grow with every width, which selection relies on.
+        """
+        return np.minimum(-(-widths // self.hard) * self.hard, self.full_widths)
 
     def cost(self, widths: NDArray[Any]) -> Cost:
         """All costs of `widths`, shape (families,) or (batch, families): groups kept, not negative.

@@ -33,7 +33,8 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         over = exceeded(cost, widths, target.limits)
         wide = widths > target.most
         if not over and not wide.any():
-            return restore(removal, family, cost, widths, target, removed)
+            widths = restore(removal, family, cost, widths, target, removed)
+            return settle(removal, family, cost, widths, target, removed)
         open_families = np.flatnonzero((widths > target.least) & (wide if not over else True))
         saving = savings(cost, widths, target, over, open_families) if over else np.ones(len(widths))
         candidates = shortlist(removal, members, open_families)
@@ -48,8 +49,8 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
 
 
 def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:
-    """The names of the limits that do not hold."""
-    return [name for name, excess in limits.excess(cost.cost(widths)).items() if excess > 1.0]
+    """The names of the limits that do not hold once the widths are settled."""
+    return [name for name, excess in limits.excess(cost.cost(cost.settled(widths))).items() if excess > 1.0]
 
 
 def savings(cost: CostModel, widths: Widths, target: Target, over: list[str], families: Widths) -> Floats:
@@ -89,4 +90,27 @@ def restore(
         if wider[family[group]] <= target.most[family[group]] and not exceeded(cost, wider, target.limits):
             removal.restore(group)
             widths = wider
+    return widths
+
+
+def settle(
+    removal: Removal, family: Widths, cost: CostModel, widths: Widths, target: Target, removed: list[int]
+) -> Widths:
+    """Widths that fast kernels take: removed groups come back up to the next such width, which the limits have room
+    for; a family of which too few were removed loses more instead, if it may."""
+    widths, up = widths.copy(), np.minimum(cost.settled(widths), target.most)
+    members = torch.from_numpy(family).to(removal.alive.device)
+    for number in np.flatnonzero(cost.settled(widths) != widths):
+        gone = [group for group in reversed(removed) if family[group] == number and not removal.alive[group]]
+        missing = int(up[number] - widths[number])
+        if len(gone) >= missing and cost.settled(up)[number] == up[number]:
+            for group in gone[:missing]:
+                removal.restore(group)
+            widths[number] = up[number]
+            continue
+        down = int(widths[number]) // cost.hard * cost.hard
+        while widths[number] > max(down, target.least[number]) and down >= target.least[number]:
+            alive = torch.nonzero((members == int(number)) & removal.alive)[:, 0]
+            removal.remove(int(alive[removal.estimate()[alive].argmin()]))
+            widths[number] -= 1
     return widths

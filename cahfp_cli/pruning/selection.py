@@ -82,7 +82,7 @@ def uniform(model: CostModel, target: Target) -> Widths:
 
     def of(share: float) -> Widths:
         widths: Widths = np.floor(model.full_widths * share + 0.5).astype(np.int64)
-        return np.maximum(np.minimum(widths, target.most), target.least)
+        return np.maximum(np.minimum(model.settled(widths), target.most), target.least)
 
     if target.limits.fit(model.cost(target.most)).all():
         return target.most
@@ -103,21 +103,24 @@ def grow(
     target: Target,
     widths: Widths,
 ) -> Widths:
-    """Spend what is left of the budget: again and again the best affordable next group, by significance a cost."""
+    """Spend what is left of the budget: again and again the best affordable next group, by significance a cost, or as
+    many groups as fast kernels want at once."""
     ranked = by_family(significance, family, len(widths))
     widths, limits = widths.copy(), target.limits.by_name
     while (growing := np.flatnonzero(widths < target.most)).size:
         candidates = np.repeat(widths[None], len(growing), axis=0)
         candidates[np.arange(len(growing)), growing] += 1
+        candidates = np.minimum(model.settled(candidates), target.most)
         cost = model.cost(candidates)
         fits = target.limits.fit(cost)
         if not fits.any():
             break
         now = model.cost(widths)
         increase = sum((values_of(cost, name) - values_of(now, name)) / limit for name, limit in limits.items())
-        worth = np.array([significance[ranked[f][widths[f]]] for f in growing])
+        more = candidates[np.arange(len(growing)), growing]
+        worth = np.array([significance[ranked[f][widths[f] : end]].sum() for f, end in zip(growing, more, strict=True)])
         gain = worth / np.maximum(increase, 1e-12)
-        widths[growing[int(np.argmax(np.where(fits, gain, -np.inf)))]] += 1
+        widths = candidates[int(np.argmax(np.where(fits, gain, -np.inf)))]
     return widths
 
 

@@ -1,13 +1,17 @@
 """What selection aims at: a budget in absolute numbers, and how narrow and wide each family may become."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.device.cost import CostModel
-from cahfp_cli.errors import BudgetError
+from cahfp_cli.errors import BudgetError, UsageError
 from cahfp_cli.pruning.budget import Budget, Limits, limits_of, shown, values_of
 
 Widths = NDArray[np.int64]
@@ -38,6 +42,24 @@ def target_of(budget: Budget, model: CostModel, narrowest: Widths | None = None)
     check_reachable(model, limits, least)
     rounded = np.floor(model.full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64)
     return Target(limits, least, np.maximum(rounded, least))
+
+
+def protected(groups: ChannelGroups, excluded: Sequence[str], least: int) -> ChannelGroups:
+    """The groups with families that may not become narrower than `least`, and those of `excluded` not at all.
+
+    Args: excluded: patterns of family names, such as `layer1.*`; least: groups.
+    Raises: UsageError: a pattern names no family.
+    """
+    full = np.bincount(groups.family, minlength=len(groups.names))
+    narrowest = np.minimum(np.maximum(groups.narrowest, least), full)
+    for pattern in excluded:
+        named = np.array([fnmatchcase(name, pattern) for name in groups.names], dtype=bool)
+        if not named.any():
+            nearest = get_close_matches(pattern, groups.names, n=1, cutoff=0.3)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else "there are none."
+            raise UsageError(f"--exclude {pattern}: no layer's groups have that name: {hint}")
+        narrowest[named] = full[named]
+    return replace(groups, narrowest=narrowest)
 
 
 def check_reachable(model: CostModel, limits: Limits, least: Widths) -> None:

@@ -1,0 +1,61 @@
+"""Selection for a device that is at hand: measure what was selected, and aim anew until the measured latency fits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cahfp_cli.device.quantities import format_seconds
+from cahfp_cli.errors import BudgetError
+from cahfp_cli.pruning.budget import Budget, Limits
+from cahfp_cli.pruning.selection import Selection
+
+TRIES = 6
+CLOSE = 0.92
+"""A measured latency of so much of the limit is close enough to it."""
+MARGIN = 0.98
+"""Of what is left of the limit: the next measurement may come out a little higher."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """seconds: measured latency of the selection, within the budget. tries: selections that were measured."""
+
+    selection: Selection
+    seconds: float
+    tries: int
+
+
+def select_verified(
+    budget: Budget, select: Callable[[Budget], Selection], measure: Callable[[Selection], float]
+) -> Verified:
+    """The largest network of a few tries whose measured latency is within the budget.
+
+    Args:
+        budget: with a latency. select: chooses for a budget. measure: seconds of one call of what was chosen.
+    Raises: BudgetError: the narrowest network is too much, or no try was fast enough.
+    """
+    limit = budget.latency
+    if limit is None:
+        raise ValueError("there is no latency to verify")
+    aim, best, fastest = limit, None, float("inf")
+    for tries in range(1, TRIES + 1):
+        try:
+            selection = select(replace(budget, latency=aim))
+        except BudgetError:
+            if tries == 1:
+                raise
+            break
+        seconds = measure(selection)
+        fastest = min(fastest, seconds)
+        if seconds <= limit and (best is None or seconds > best.seconds):
+            best = Verified(selection, seconds, tries)
+        room = selection.binding == "latency" and not selection.kept.all()
+        if seconds <= limit and (seconds >= CLOSE * limit or not room):
+            break
+        aim *= MARGIN * limit / seconds
+    if best is None:
+        raise BudgetError(
+            f"no submodel was measured within {format_seconds(limit)}; the fastest took {format_seconds(fastest)}.\n"
+            "Raise the budget, or measure the device's profile anew: cahfp profile measure."
+        )
+    limits = Limits({**best.selection.limits.by_name, "latency": limit})
+    return replace(best, selection=replace(best.selection, limits=limits), tries=tries)

@@ -196,7 +196,11 @@ def prune(
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
             report = describe(target, picked, settings, scored.significance, analysis, before, after, shown_data)
             if not dry_run:
-                asked = {**limits, **settings, **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None})}
+                asked = {
+                    **limits,
+                    **settings,
+                    **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None}),
+                }
                 origin = provenance("prune", asked, (*network.files, scores))
                 metadata = SubmodelMetadata(
                     model=recorded(network.spec),

@@ -17,7 +17,7 @@ import onnx
 
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset, Samples
-from cahfp_cli.errors import VerificationError, first_line
+from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.int8_layout import Int8Layout
 from cahfp_cli.export.onnx_file import INPUT_NAME, cleaned, quiet
 from cahfp_cli.training import onnx_session
@@ -190,26 +190,28 @@ def drop_unused_domains(proto: onnx.ModelProto, original: onnx.ModelProto) -> No
 
 def compare(source: Path, path: Path, wanted: Quantisation) -> Comparison:
     """Run both files. Raises: VerificationError: `path` does not load or run, or gives NaN or Inf."""
-    fp32 = onnx_session.open_session(source)
+    expected = logits_of_file(source, wanted.compared)
     try:
-        session = onnx_session.open_session(path)
-    except Exception as error:
-        raise VerificationError(f"the {wanted.dtype} file does not load: {first_line(error)}") from error
-    classes = wanted.compared.classes
-    expected, found, labels = [], [], []
-    for x, y in batches(wanted.compared, COMPARED_AT_ONCE, seed=None):
-        expected.append(onnx_session.class_logits(fp32, x, classes, source))
-        found.append(onnx_session.class_logits(session, x, classes, path))
-        labels.append(y)
-    return comparison_of(np.concatenate(expected), np.concatenate(found), np.concatenate(labels), wanted)
+        found = logits_of_file(path, wanted.compared)
+    except InputError as error:
+        fault = first_line(error).removeprefix(f"{path}: ")
+        raise VerificationError(f"the {wanted.dtype} file is not kept: {fault}") from error
+    return comparison_of(expected, found, wanted)
 
 
-def comparison_of(expected: Any, found: Any, labels: Any, wanted: Quantisation) -> Comparison:
+def logits_of_file(path: Path, dataset: Dataset) -> Any:
+    """Logits (n, outputs) of a file for all samples. Raises: InputError: it does not load or run."""
+    session = onnx_session.open_session(path)
+    parts = batches(dataset, COMPARED_AT_ONCE, seed=None)
+    return np.concatenate([onnx_session.class_logits(session, x, dataset.classes, path) for x, _ in parts])
+
+
+def comparison_of(expected: Any, found: Any, wanted: Quantisation) -> Comparison:
     """Figures of two arrays of logits (n, outputs). Raises: VerificationError: `found` has NaN or Inf."""
     if not np.isfinite(found).all():
         bad = int((~np.isfinite(found)).any(axis=1).sum())
         raise VerificationError(f"the {wanted.dtype} file gives NaN or Inf for {bad} of {len(found)} samples: not kept")
-    ours, theirs = found.argmax(axis=1), expected.argmax(axis=1)
+    ours, theirs, labels = found.argmax(axis=1), expected.argmax(axis=1), wanted.compared.y
     scale = max(1.0, float(np.abs(expected).max()))
     return Comparison(
         samples=len(found),

@@ -146,16 +146,19 @@ def write_submodel(
             written["onnx"] = {"bytes": file.size, "parity": file.parity}
             if quantised:
                 written["quantised"] = {
-                    wanted.dtype: quantised_report(folder / ONNX, folder / QUANTISED[wanted.dtype], wanted)
-                    for wanted in quantised
+                    wanted.dtype: quantised_report(output.name, folder, wanted) for wanted in quantised
                 }
         write_report(folder / REPORT, written)
     return written
 
 
-def quantised_report(source: Path, path: Path, wanted: Quantisation) -> dict[str, Any]:
-    """Write one quantised file; its entry in the report."""
-    file = export_quantised(source, path, wanted)
+def quantised_report(name: str, folder: Path, wanted: Quantisation) -> dict[str, Any]:
+    """Write one quantised file of the submodel `name`; its entry in the report."""
+    path = folder / QUANTISED[wanted.dtype]
+    try:
+        file = export_quantised(folder / ONNX, path, wanted)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
     entry = {"file": path.name, "bytes": file.size, **asdict(file.comparison), "data": portable(wanted.compared.name)}
     return {**entry, "layout": asdict(wanted.layout)} if wanted.dtype == "int8" else entry
 

@@ -262,7 +262,7 @@ def rename_operator(proto):
 @pytest.mark.parametrize(
     ("change", "message"),
     [(set_scales(np.nan), "gives NaN or Inf for"), (set_scales(1e-9), "in the class that the fp32 file does"),
-     (rename_operator, "does not load")],
+     (rename_operator, "ONNX Runtime does not load it")],
     ids=["NaN", "another network", "no network"],
 )  # fmt: skip
 def test_a_bad_file_is_not_kept(source, tmp_path, scratch, monkeypatch, change, message):

@@ -26,7 +26,10 @@ class BudgetError(CahfpError):
 
 
 class VerificationError(CahfpError):
-    """A result did not pass its own check (ONNX parity, index-map round trip), so it was not kept."""
+    """A result did not pass its own check, so it was not kept.
+
+    Checks are ONNX parity, the agreement of a quantised file with the fp32 one, and the index map's round trip.
+    """
 
     exit_code = 5
 

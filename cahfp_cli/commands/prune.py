@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.device.cost import Cost
     from cahfp_cli.device.profile import DeviceProfile
+    from cahfp_cli.export.quantised import Dtype, Quantisation
     from cahfp_cli.pruning.budget import Budget
     from cahfp_cli.pruning.selection import Selection
     from cahfp_cli.pruning.set_selection import SetOptions
@@ -90,6 +91,10 @@ def prune(
     input_shape: options.InputShape = None,
     classes: options.Classes = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="Beside model.onnx (fp32) write fp16 or int8; may be repeated."),
+    ] = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -110,6 +115,7 @@ def prune(
     budget = parse_budget(latency, memory, storage, macs, params, keep)
     targets = make_targets(profiles, budget, output)
     chosen = check_selection(selection, reference, calibration, recalibrate)
+    dtypes = check_dtypes(dtype or [], profiles, onnx, calibration, data)
     check_targets(targets, output, force)
     check_there(checkpoint)
     if checkpoint.is_dir():
@@ -158,6 +164,8 @@ def prune(
         reference="labels" if reference == "labels" else "network",
         batch_size=batch_size,
     )
+    if "int8" in dtypes:
+        warn_without_vnni(console)
     selections = []
     network.model.to(where)
     with repeatable(seed, where), console.progress("selecting") as progress:
@@ -188,7 +196,11 @@ def prune(
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
             report = describe(target, picked, settings, scored.significance, analysis, before, after, shown_data)
             if not dry_run:
-                asked = {**limits, **settings, **given({"profile": target.name, "data": shown_data})}
+                asked = {
+                    **limits,
+                    **settings,
+                    **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None}),
+                }
                 origin = provenance("prune", asked, (*network.files, scores))
                 metadata = SubmodelMetadata(
                     model=recorded(network.spec),
@@ -208,6 +220,7 @@ def prune(
                     metadata,
                     report,
                     onnx=onnx,
+                    quantised=quantisations(dtypes, target.profile, samples_of, dataset, seed),
                     storage_limit=picked.limits.by_name.get("storage"),
                     force=force,
                 )
@@ -298,6 +311,63 @@ def check_selection(selection: str, reference: str, calibration: str | None, rec
         case "linear" | "quadratic" | "independent":
             return selection
     raise UsageError(f"--selection {selection}: choose auto, linear, quadratic or independent.")
+
+
+def check_dtypes(
+    names: Sequence[str], profiles: Sequence["DeviceProfile"], onnx: bool, calibration: str | None, data: str | None
+) -> tuple["Dtype", ...]:
+    """The files beside the fp32 one that `--dtype` asks for, in one order whatever the command's.
+
+    Raises: UsageError: there is no such dtype, a device does not take it, or there are no samples to make it on.
+    """
+    unknown = next((name for name in names if name not in ("fp32", "fp16", "int8")), None)
+    if unknown is not None:
+        raise UsageError(f"--dtype {unknown}: choose fp32, fp16 or int8.")
+    for name in names:
+        for profile in profiles:
+            if name not in profile.compute.dtypes:
+                raise UsageError(
+                    f"--dtype {name}: the runtime of {profile.name} takes {' and '.join(profile.compute.dtypes)} only."
+                )
+    if set(names) - {"fp32"} and not onnx:
+        raise UsageError("--dtype makes its files from model.onnx: leave out --no-onnx.")
+    if "int8" in names and calibration is None:
+        raise UsageError("--dtype int8 needs --calibration SPEC, samples that show the range of every activation.")
+    if "fp16" in names and calibration is None and data is None:
+        raise UsageError("--dtype fp16 needs --calibration SPEC or --data SPEC, samples to compare it with fp32 on.")
+    known: tuple[Dtype, ...] = ("fp16", "int8")
+    return tuple(name for name in known if name in names)
+
+
+def warn_without_vnni(console: Console) -> None:
+    """Say what int8 is worth on an x86 CPU without VNNI."""
+    from cahfp_cli.export.int8_layout import has_vnni, is_x86
+
+    if is_x86() and not has_vnni():
+        console.warn(
+            "this CPU has no VNNI that we can see: int8 may be no faster here than fp32. Without --profile the weights "
+            "keep to 7 bits, which costs some accuracy; files for a profile keep all 8, and measure too low here."
+        )
+
+
+def quantisations(
+    dtypes: Sequence["Dtype"],
+    profile: "DeviceProfile | None",
+    calibration: "Dataset | None",
+    evaluated: "Dataset | None",
+    seed: int,
+) -> "list[Quantisation]":
+    """What to make of one device's ONNX file; compared on `--data`, whose labels count, else on the calibration's."""
+    from cahfp_cli.export.int8_layout import layout_of_machine, layout_of_profile
+    from cahfp_cli.export.quantised import CALIBRATION_SAMPLES, Quantisation
+    from cahfp_cli.significance.measure import subset
+
+    seen, compared = calibration or evaluated, evaluated or calibration
+    if not dtypes or seen is None or compared is None:
+        return []
+    samples = subset(seen, CALIBRATION_SAMPLES, seed).x
+    layout = layout_of_profile(profile) if profile else layout_of_machine()
+    return [Quantisation(dtype, samples, compared, evaluated is not None, layout) for dtype in dtypes]
 
 
 def steps_of(progress: Callable[[int, int], None], number: int, of: int) -> Callable[[int, int], None]:
@@ -419,4 +489,26 @@ def human(reports: Sequence[dict[str, Any]]) -> str:
             ]
         )
     columns = ["device", "groups kept", "params", "MACs", "latency", "ONNX", "binding", "accuracy"]
-    return table(columns, rows)
+    return table(columns, rows) + quantised_table(reports)
+
+
+def quantised_table(reports: Sequence[dict[str, Any]]) -> str:
+    """One line a quantised file, after an empty one; nothing where there is none."""
+    from cahfp_cli.commands.networks import percent
+    from cahfp_cli.device.quantities import format_bytes
+
+    rows = [
+        [
+            report["profile"] or Path(report["folder"]).name,
+            dtype,
+            format_bytes(file["bytes"]),
+            percent(file["bytes"] / report["onnx"]["bytes"]),
+            percent(file["agreement"]),
+            f"{file['difference']:.1e}",
+            "-" if file["accuracy"] is None else f"{percent(file['fp32_accuracy'])} -> {percent(file['accuracy'])}",
+        ]
+        for report in reports
+        for dtype, file in report.get("quantised", {}).items()
+    ]
+    columns = ["device", "dtype", "size", "of fp32", "same class", "largest difference", "accuracy"]
+    return f"\n\n{table(columns, rows)}" if rows else ""

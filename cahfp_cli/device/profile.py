@@ -105,10 +105,14 @@ class Channels(Figure):
 
 
 class Runtime(Record):
-    """What runs the model, and how: the conditions under which the figures hold, not figures themselves."""
+    """What runs the model, and how: the conditions under which the figures hold, not figures themselves.
+
+    architecture: where it is x86, int8 files get unsigned activations (see export/int8_layout.py).
+    """
 
     name: Text
     provider: Text | None = None
+    architecture: Literal["arm", "x86"] | None = None
     threads: Annotated[int, Field(strict=True, ge=1)]
 
 
@@ -130,6 +134,11 @@ class Compute(Record):
     fp32: Peak
     fp16: Peak | None = None
     int8: Peak | None = None
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that the runtime takes."""
+        return tuple(name for name, peak in self if peak is not None)
 
 
 class Memory(Record):

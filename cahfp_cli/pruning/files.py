@@ -3,5 +3,6 @@
 TENSORS = "submodel.safetensors"
 INDEX_MAP = "index_map.safetensors"
 ONNX = "model.onnx"
+QUANTISED = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 REPORT = "report.json"
-FILES = (TENSORS, INDEX_MAP, ONNX, REPORT)
+FILES = (TENSORS, INDEX_MAP, ONNX, *QUANTISED.values(), REPORT)

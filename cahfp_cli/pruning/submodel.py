@@ -1,7 +1,7 @@
 """Submodels: cutting one out of a network, and building one again from its folder."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +24,12 @@ from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import slice_module, to_meta
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import export_onnx
+from cahfp_cli.export.quantised import Quantisation, export_quantised
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
 from cahfp_cli.models.spec import build, resolve_spec
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
-from cahfp_cli.pruning.files import INDEX_MAP, ONNX, REPORT, TENSORS
+from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.report import write_report
 
@@ -115,6 +116,7 @@ def write_submodel(
     report: Mapping[str, Any],
     *,
     onnx: bool = True,
+    quantised: Sequence[Quantisation] = (),
     storage_limit: float | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -124,10 +126,11 @@ def write_submodel(
         output: the folder; replaced if it exists and `force`.
         model: the compact network, on the CPU, for the ONNX file; arrays: its tensors as they are stored.
         report: becomes `report.json`, with the ONNX file's size and parity and the provenance added.
-        onnx: whether to export and verify `model.onnx`.
+        onnx: whether to export and verify `model.onnx`; quantised: what else to make of that file.
         storage_limit: bytes that the ONNX file may have.
     Returns: the report as written.
-    Raises: VerificationError: the ONNX file differs from the network, or is larger than the limit.
+    Raises: VerificationError: the ONNX file differs from the network or is larger than the limit, or a quantised one
+        differs from it.
     """
     written = {**report, "provenance": metadata.provenance.model_dump(mode="json")}
     with atomic_directory(output, force) as folder:
@@ -141,8 +144,23 @@ def write_submodel(
                     f"{storage_limit:.0f}; nothing was kept. Lower --storage by the difference."
                 )
             written["onnx"] = {"bytes": file.size, "parity": file.parity}
+            if quantised:
+                written["quantised"] = {
+                    wanted.dtype: quantised_report(output.name, folder, wanted) for wanted in quantised
+                }
         write_report(folder / REPORT, written)
     return written
+
+
+def quantised_report(name: str, folder: Path, wanted: Quantisation) -> dict[str, Any]:
+    """Write one quantised file of the submodel `name`; its entry in the report."""
+    path = folder / QUANTISED[wanted.dtype]
+    try:
+        file = export_quantised(folder / ONNX, path, wanted)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
+    entry = {"file": path.name, "bytes": file.size, **asdict(file.comparison), "data": portable(wanted.compared.name)}
+    return {**entry, "layout": asdict(wanted.layout)} if wanted.dtype == "int8" else entry
 
 
 def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:

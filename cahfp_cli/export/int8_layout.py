@@ -1,0 +1,56 @@
+"""How int8 numbers are laid out for the processor that will multiply them.
+
+ONNX Runtime's own advice (the docstring of `onnxruntime.quantization.quantize_static`): unsigned activations on x86,
+signed ones on Arm, signed ones around zero on GPUs. x86 without VNNI adds pairs of products in 16 bits, which can
+overflow unless the weights keep to 7 bits (`reduce_range`).
+"""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cahfp_cli.device.profile import DeviceProfile
+
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+X86 = ("x86_64", "amd64", "i386", "i686")
+VNNI = {"avx512_vnni", "avx_vnni"}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Int8Layout:
+    """activations: their type. symmetric: zero is stored as 0. reduce_range: weights use 7 of their 8 bits."""
+
+    activations: Literal["uint8", "int8"]
+    symmetric: bool = False
+    reduce_range: bool = False
+
+
+def layout_of_profile(profile: DeviceProfile) -> Int8Layout:
+    """The layout for a device that takes int8: all 8 bits, since `compute.int8` promises dot products that hold them.
+
+    Unsigned where the profile says `architecture = "x86"`; signed elsewhere, around zero where a GPU runs the model.
+    """
+    if profile.runtime.architecture == "x86":
+        return Int8Layout("uint8")
+    return Int8Layout("int8", symmetric=profile.runtime.provider in GPU_PROVIDERS)
+
+
+def layout_of_machine() -> Int8Layout:
+    """The layout for the CPU that this runs on."""
+    return Int8Layout("uint8", reduce_range=not has_vnni()) if is_x86() else Int8Layout("int8")
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in X86
+
+
+def has_vnni() -> bool:
+    """Whether an x86 CPU has AVX512-VNNI or AVX-VNNI, as Linux tells; elsewhere no is assumed, which costs one bit of
+    the weights and never overflows."""
+    try:
+        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(VNNI & set(line.split()) for line in lines if line.startswith("flags"))

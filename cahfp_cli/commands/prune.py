@@ -1,7 +1,7 @@
 """`cahfp prune`: one submodel for each device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cahfp_cli.pruning.budget import Budget
     from cahfp_cli.pruning.selection import Selection
     from cahfp_cli.pruning.set_selection import SetOptions
+    from cahfp_cli.pruning.verified import Verified
     from cahfp_cli.significance.scores import Scores
     from cahfp_cli.training.evaluation import Metrics
 
@@ -63,6 +64,15 @@ def prune(
     macs: Annotated[str | None, typer.Option(help="Multiply-accumulates: a share (0.5) or a count (30M).")] = None,
     params: Annotated[str | None, typer.Option(help="Stored numbers: a share (0.3) or a count (1.2M).")] = None,
     keep: Annotated[str | None, typer.Option(help="Share of the channels of every layer, e.g. 0.5.")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers that keep every channel, e.g. 'layer1.*'; names as in a report's widths."),
+    ] = None,
+    min_width: Annotated[int, typer.Option(min=1, help="Channel groups that every layer keeps at least.")] = 1,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="This machine is the device: measure --latency and aim anew until it holds."),
+    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(help="Samples to select and compensate on (no labels needed), e.g. digits@train."),
@@ -114,6 +124,8 @@ def prune(
     profiles = [load_profile(name) for name in profile or []]
     budget = parse_budget(latency, memory, storage, macs, params, keep)
     targets = make_targets(profiles, budget, output)
+    if verify and not (onnx and len(targets) == 1 and targets[0].budget.latency is not None):
+        raise UsageError("--verify needs one --profile, that of this machine, a latency to hold, and the ONNX file.")
     chosen = check_selection(selection, reference, calibration, recalibrate)
     dtypes = check_dtypes(dtype or [], profiles, onnx, calibration, data)
     check_targets(targets, output, force)
@@ -130,6 +142,7 @@ def prune(
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
+    from cahfp_cli.pruning.target import protected
     from cahfp_cli.significance.measure import subset
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
     from cahfp_cli.training.evaluation import evaluate
@@ -166,12 +179,18 @@ def prune(
     )
     if "int8" in dtypes:
         warn_without_vnni(console)
-    selections = []
+    selections: list[Selection] = []
+    verified: list[Verified] = []
+    free = replace(analysis, groups=protected(analysis.groups, exclude or [], min_width))
     network.model.to(where)
     with repeatable(seed, where), console.progress("selecting") as progress:
         for number, target in enumerate(targets):
             done = steps_of(progress, number, len(targets))
-            selections.append(choose(target, scored, network, analysis, chosen, samples_of, how, done))
+            if verify:
+                verified.append(choose_verified(target, scored, network, free, chosen, samples_of, how, done))
+                selections.append(verified[-1].selection)
+            else:
+                selections.append(choose(target, scored, network, free, chosen, samples_of, how, done))
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
@@ -180,7 +199,8 @@ def prune(
     limits = given(
         {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
     )
-    settings: Json = {"selection": chosen}
+    settings: Json = {"selection": chosen, **given({"exclude": exclude or None})}
+    settings |= {"min_width": min_width} if min_width > 1 else {}
     if calibration is not None:
         settings |= {"calibration": portable(calibration), "samples": samples, "seed": seed, "batch_size": batch_size}
         settings |= {"rounds": rounds, "compensate": compensate, "reference": reference, "recalibrate": recalibrate}
@@ -195,6 +215,8 @@ def prune(
                 compact = trained_arrays(submodel, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
             report = describe(target, picked, settings, scored.significance, analysis, before, after, shown_data)
+            for one in verified:
+                report["measured"] = {"latency_seconds": one.seconds, "tries": one.tries}
             if not dry_run:
                 asked = {
                     **limits,
@@ -405,6 +427,40 @@ def choose(
         raise BudgetError(f"{target.name}: {error}" if target.name else str(error)) from None
 
 
+def choose_verified(
+    target: Target,
+    scored: "Scores",
+    network: "Network",
+    analysis: "Analysis",
+    selection: "SelectionName",
+    calibration: "Dataset | None",
+    how: "SetOptions",
+    on_progress: Callable[[int, int], None],
+) -> "Verified":
+    """Select for this machine, by what it measures. Raises: BudgetError: nothing is fast enough."""
+    from tempfile import TemporaryDirectory
+
+    from cahfp_cli.coupling.analysis import cut
+    from cahfp_cli.device.stopwatch import seconds_a_call
+    from cahfp_cli.export.onnx_file import export_onnx
+    from cahfp_cli.pruning.verified import select_verified
+
+    threads = target.profile.runtime.threads if target.profile else 1
+
+    def measure(picked: "Selection") -> float:
+        submodel, _ = cut(network.model, analysis, picked.kept)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            export_onnx(submodel.cpu(), network.input_shape, path, {})
+            return seconds_a_call(path, threads)
+
+    def select(budget: "Budget") -> "Selection":
+        aimed = replace(target, budget=budget)
+        return choose(aimed, scored, network, analysis, selection, calibration, how, on_progress)
+
+    return select_verified(target.budget, select, measure)
+
+
 def describe(
     target: Target,
     selection: "Selection",
@@ -480,7 +536,7 @@ def human(reports: Sequence[dict[str, Any]]) -> str:
                 f"{report['groups']['kept']}/{report['groups']['of']}",
                 f"{format_count(predicted['params'])} ({percent(predicted['params'] / full['params'])})",
                 f"{format_count(predicted['macs'])} ({percent(predicted['macs'] / full['macs'])})",
-                format_seconds(seconds) if seconds is not None else "-",
+                f"{format_seconds(seconds)}{measured(report)}" if seconds is not None else "-",
                 format_bytes(report["onnx"]["bytes"]) if "onnx" in report else "-",
                 report["binding"] or "none",
                 f"{percent(evaluation['before']['accuracy'])} -> {percent(evaluation['after']['accuracy'])}"
@@ -490,6 +546,13 @@ def human(reports: Sequence[dict[str, Any]]) -> str:
         )
     columns = ["device", "groups kept", "params", "MACs", "latency", "ONNX", "binding", "accuracy"]
     return table(columns, rows) + quantised_table(reports)
+
+
+def measured(report: dict[str, Any]) -> str:
+    """The measured latency behind the predicted one, where there is one."""
+    from cahfp_cli.device.quantities import format_seconds
+
+    return f" (measured {format_seconds(report['measured']['latency_seconds'])})" if "measured" in report else ""
 
 
 def quantised_table(reports: Sequence[dict[str, Any]]) -> str:

@@ -64,7 +64,7 @@ def protected(groups: ChannelGroups, excluded: Sequence[str], least: int) -> Cha
 
 def check_reachable(model: CostModel, limits: Limits, least: Widths) -> None:
     """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
-    narrowest = model.cost(least)
+    narrowest = model.cost(model.settled(least))  # what selection goes by
     broken = [name for name, limit in limits.by_name.items() if values_of(narrowest, name) > limit]
     if broken:
         parts = [

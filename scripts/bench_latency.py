@@ -1,0 +1,347 @@
+"""Predicted latency against ONNX Runtime on this machine: one thread, thread CPU time, batch 1.
+
+The machine's profile is measured first, in the same run, by the microbenchmarks of `cahfp profile measure` alone.
+
+- predict: networks at random non-uniform widths, which no microbenchmark looks like; half of them keep multiples of
+  four channels in every layer, as selection does for this runtime, the others any number. Beside our prediction stand
+  operations alone, and a single roofline (the larger of operations and bytes at one rate each, and an overhead for each
+  operator), both scaled so that their median error is zero: better than they could be before measuring. Networks of
+  the kinds marked * served to design the kernel classes; no other did.
+- slower: a network of which each layer is narrower, and which takes longer.
+- budgets: prune runs with latency budgets from 30% to 90% of the full network, measured; with and without `--verify`.
+
+    python scripts/bench_latency.py [--part predict slower budgets] [--quick]
+
+The last line is JSON: each figure, the bar beside it, and `holds`, over the parts that ran. torch runs one thread.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cahfp_cli.coupling.analysis import Analysis, analyse, cut
+from cahfp_cli.device.cost import CostModel, compile_workload
+from cahfp_cli.device.measurement import measure_device
+from cahfp_cli.device.profile import DeviceProfile
+from cahfp_cli.device.stopwatch import seconds_a_call
+from cahfp_cli.device.workload import make_workload
+from cahfp_cli.errors import BudgetError
+from cahfp_cli.export.onnx_file import export_onnx
+from cahfp_cli.models.resnet import resnet18, resnet20, resnet56
+from cahfp_cli.models.vgg import vgg11, vgg16
+from cahfp_cli.output import table
+from cahfp_cli.pruning.budget import Budget
+from cahfp_cli.pruning.selection import Selection, select
+from cahfp_cli.pruning.verified import select_verified
+
+PARTS = ("predict", "slower", "budgets")
+LINKS = {name: {"value": 1.0, "unit": "Mbit/s", "source": "not used here"} for name in ("uplink", "downlink")}
+BARS = {"median": 0.08, "p90": 0.15, "max": 0.25}
+BETTER, WITHIN, WITHIN_VERIFIED, SLACK, UNUSED = 2.0, 0.95, 1.0, 0.05, 0.15
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU6."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+class Inverted(nn.Module):
+    """An inverted residual block: expand, depthwise, project (Sandler et al. 2018)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        project = convolution(wide, outputs, 1)[:2]
+        self.body = nn.Sequential(convolution(inputs, wide, 1), convolution(wide, wide, 3, stride, wide), project)
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x) if self.skip else self.body(x)
+
+
+class Mobile(nn.Module):
+    """Like MobileNetV2, for small images."""
+
+    def __init__(self, channels: int, plan: tuple[tuple[int, int, int, int], ...], width: float) -> None:
+        super().__init__()
+        inputs = int(32 * width)
+        layers: list[nn.Module] = [convolution(channels, inputs)]
+        for expansion, outputs, count, stride in plan:
+            for number in range(count):
+                layers.append(Inverted(inputs, int(outputs * width), 1 if number else stride, expansion))
+                inputs = int(outputs * width)
+        self.body = nn.Sequential(*layers, convolution(inputs, int(320 * width), 1))
+        self.head = nn.Linear(int(320 * width), 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class DenseLayer(nn.Module):
+    """Norm, 1x1, norm, 3x3, and everything that came before beside it (Huang et al. 2017)."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, 4 * growth, 1, bias=False)),
+            *(nn.BatchNorm2d(4 * growth), nn.ReLU(), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.body(x)], 1)
+
+
+class Dense(nn.Module):
+    """Like DenseNet, for small images."""
+
+    def __init__(self, channels: int, growth: int, blocks: tuple[int, ...]) -> None:
+        super().__init__()
+        width = 2 * growth
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        for number, count in enumerate(blocks):
+            if number:
+                half = nn.Conv2d(width, width // 2, 1, bias=False)
+                layers += [nn.BatchNorm2d(width), nn.ReLU(), half, nn.AvgPool2d(2)]
+                width //= 2
+            for _ in range(count):
+                layers.append(DenseLayer(width, growth))
+                width += growth
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Logits(nn.Module):
+    """A ViT of `transformers` as one from images to logits."""
+
+    def __init__(self, image: int, patch: int, hidden: int, layers: int, heads: int, channels: int) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
+        config = ViTConfig(
+            image_size=image, patch_size=patch, num_channels=channels, num_labels=10, num_attention_heads=heads, **sizes
+        )
+        self.network = ViTForImageClassification(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x).logits
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network, how many widths of it are tried, and whether it served to design the model."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    count: int
+    designed: bool = False
+
+
+SMALL, LARGE = (1, 28, 28), (3, 32, 32)
+PLAN = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 40, 2, 2), (6, 80, 3, 2))
+KINDS = (
+    Kind("resnet18*", partial(resnet18, LARGE, 10, 0.5), LARGE, 2, designed=True),
+    Kind("vgg11*", partial(vgg11, LARGE, 10), LARGE, 2, designed=True),
+    Kind("resnet18 at 28x28", partial(resnet18, SMALL, 10), SMALL, 4),
+    Kind("resnet20 at 32x32", partial(resnet20, LARGE, 10, 2.0), LARGE, 6),
+    Kind("resnet56", partial(resnet56, LARGE, 10), LARGE, 4),
+    Kind("vgg11 at 28x28", partial(vgg11, SMALL, 10, 0.5), SMALL, 6),
+    Kind("vgg16", partial(vgg16, LARGE, 10, 0.75), LARGE, 4),
+    Kind("mobile", partial(Mobile, 3, PLAN, 1.5), LARGE, 4),
+    Kind("dense", partial(Dense, 1, 12, (6, 6, 6)), SMALL, 4),
+    Kind("vit", partial(Logits, 28, 7, 96, 6, 4, 1), SMALL, 4),
+)
+QUICK = ("resnet20 at 32x32", "vgg11 at 28x28", "mobile", "vit")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network at full width, its structure, its cost on the measured machine."""
+
+    model: nn.Module
+    analysis: Analysis
+    cost: CostModel
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(kind: Kind, profile: DeviceProfile) -> "Case":
+        torch.manual_seed(0)
+        model = kind.build().eval()
+        analysis = analyse(model, kind.shape)
+        sizes = {name: tensor.element_size() for name, tensor in model.state_dict().items()}
+        return Case(model, analysis, compile_workload(make_workload(analysis, sizes), profile), kind.shape)
+
+    def mask(self, widths: np.ndarray) -> np.ndarray:
+        """The first groups of each family, as many as `widths` says."""
+        family = self.analysis.groups.family
+        rank = np.array([np.count_nonzero(family[:i] == f) for i, f in enumerate(family)])
+        return rank < widths[family]
+
+    def measured(self, kept: np.ndarray) -> float:
+        """Seconds of a call of the network with these groups."""
+        compact, _ = cut(self.model, self.analysis, kept)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            export_onnx(compact, self.shape, path, {})
+            return seconds_a_call(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def random_widths(case: Case, number: int) -> np.ndarray:
+    """Each family between 30% and all of its groups; multiples of four for even numbers."""
+    full = case.cost.full_widths
+    random = np.random.default_rng((number, 17))
+    widths = np.maximum(np.round(full * random.uniform(0.3, 1, len(full))), 1).astype(np.int64)
+    if number % 2 == 0:
+        widths = np.minimum(-(-widths // 4) * 4, full)
+    return np.maximum(widths, np.minimum(case.analysis.groups.narrowest, full))
+
+
+def roofline(case: Case, widths: np.ndarray, profile: DeviceProfile) -> float:
+    """One rate of computing, one of moving, one overhead for every operator."""
+    plain = compile_workload(case.cost.workload, profile.model_copy(update={"calibration": None, "alignment": None}))
+    parts = plain.breakdown(widths)
+    return float((np.maximum(parts.compute, parts.memory) + parts.overhead).sum() + parts.call_overhead)
+
+
+def predict(profile: DeviceProfile, names: tuple[str, ...] | None, figures: dict[str, Any]) -> None:
+    rows, errors = [], {"ours": [], "roofline": [], "operations": []}
+    raw: dict[str, list[float]] = {"roofline": [], "operations": []}
+    times = []
+    for kind in KINDS:
+        if names is not None and kind.name not in names:
+            continue
+        case = Case.of(kind, profile)
+        for number in range(kind.count):
+            widths = random_widths(case, number)
+            found = case.cost.cost(widths)
+            seconds = case.measured(case.mask(widths))
+            error = float(found.latency_seconds) / seconds - 1
+            rows.append([kind.name, str(number), f"{found.latency_seconds * 1e6:.0f}", f"{seconds * 1e6:.0f}", error])
+            if not kind.designed:
+                errors["ours"].append(error)
+                times.append(seconds)
+                raw["roofline"].append(roofline(case, widths, profile))
+                raw["operations"].append(float(found.macs))
+    for name, values in raw.items():
+        ratio = np.array(values) / np.array(times)
+        errors[name] = list(ratio / np.median(ratio) - 1)
+    print(
+        table(("network", "widths", "predicted, us", "measured, us", "error"), [[*r[:4], f"{r[4]:+.1%}"] for r in rows])
+    )
+    summary = {}
+    for name, values in errors.items():
+        size = np.abs(values)
+        summary[name] = {"median": np.median(size), "p90": np.quantile(size, 0.9), "max": size.max()}
+    print()
+    shown = [[name, *(f"{value:.1%}" for value in found.values())] for name, found in summary.items()]
+    print(table((f"{len(times)} networks", "median", "p90", "max"), shown))
+    for name, bar in BARS.items():
+        at_most(figures, f"error_{name}", summary["ours"][name], bar)
+    for name in ("roofline", "operations"):
+        at_least(figures, f"times_better_than_{name}", summary[name]["median"] / summary["ours"]["median"], BETTER)
+
+
+def slower(profile: DeviceProfile, figures: dict[str, Any]) -> None:
+    """Every family at 60 of 64 channels and so on against one channel less: no multiple of four any more."""
+    case = Case.of(next(kind for kind in KINDS if kind.name == "vgg11*"), profile)
+    wide = case.cost.settled(np.round(case.cost.full_widths * 0.5).astype(np.int64))
+    rows, found = [], {}
+    for name, widths in (("half", wide), ("half less one", wide - 1)):
+        found[name] = case.measured(case.mask(widths)), float(case.cost.cost(widths).latency_seconds)
+        rows.append([name, f"{found[name][1] * 1e6:.0f}", f"{found[name][0] * 1e6:.0f}"])
+    print(table(("VGG-11, every layer", "predicted, us", "measured, us"), rows))
+    for place, what in ((0, "measured"), (1, "predicted")):
+        at_least(figures, f"narrower_is_slower_{what}", found["half less one"][place] / found["half"][place], 1.0)
+
+
+def budgets(profile: DeviceProfile, counts: tuple[int, ...], figures: dict[str, Any]) -> None:
+    kinds = ("vgg11 at 28x28", "resnet20 at 32x32", "resnet18 at 28x28")
+    rows, plain, verified = [], [], []
+    for name, count in zip(kinds, counts, strict=True):
+        case = Case.of(next(kind for kind in KINDS if kind.name == name), profile)
+        groups = case.analysis.groups
+        scores = np.random.default_rng(0).random(groups.count)
+        full = case.measured(np.ones(groups.count, dtype=bool))
+        for share in np.linspace(0.3, 0.9, count):
+            limit = float(share * full)
+
+            def chosen(budget: Budget, case: Case = case, scores: np.ndarray = scores) -> Selection:
+                groups = case.analysis.groups
+                return select(scores, groups.family, case.cost, budget, groups.narrowest)
+
+            try:
+                once = case.measured(chosen(Budget(latency=limit)).kept)
+                found = select_verified(Budget(latency=limit), chosen, lambda s, case=case: case.measured(s.kept))
+            except BudgetError as error:
+                rows.append([name, f"{share:.0%}", f"{limit * 1e6:.0f}", str(error).splitlines()[0][:60], "", ""])
+                plain.append(np.inf)
+                verified.append(np.inf)
+                continue
+            again = case.measured(found.selection.kept)  # not the measurement that it was chosen by
+            plain.append(once / limit)
+            verified.append(again / limit)
+            tries = str(found.tries)
+            rows.append([name, f"{share:.0%}", f"{limit * 1e6:.0f}", f"{plain[-1]:.2f}", f"{verified[-1]:.2f}", tries])
+    print(table(("network", "of full", "budget, us", "measured / budget", "verified / budget", "tries"), rows))
+    for name, values, bar in (("", plain, WITHIN), ("_verified", verified, WITHIN_VERIFIED)):
+        at_least(figures, f"within_budget{name}", float(np.mean(np.array(values) <= 1 + SLACK)), bar)
+        at_most(figures, f"most_unused{name}", float(1 - np.min(values)), UNUSED)
+
+
+def at_most(figures: dict[str, Any], name: str, value: float, bar: float) -> None:
+    figures[name] = {"value": round(float(value), 4), "bar": f"<= {bar:g}", "holds": bool(value <= bar)}
+
+
+def at_least(figures: dict[str, Any], name: str, value: float, bar: float) -> None:
+    figures[name] = {"value": round(float(value), 4), "bar": f">= {bar:g}", "holds": bool(value >= bar)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quick", action="store_true", help="fewer networks and budgets")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measured = measure_device("this-machine", 1, LINKS)
+    profile, residuals = measured.profile, np.abs(measured.fit.residuals)
+    alignment = profile.alignment
+    print(
+        f"{profile.description}: {len(residuals)} microbenchmarks, median error {statistics.median(residuals):.1%}, "
+        f"channel step {alignment.step.value if alignment else 1}, multiples of {alignment.hard.value if alignment else 1}"
+    )
+    figures: dict[str, Any] = {}
+    if "predict" in options.part:
+        predict(profile, QUICK if options.quick else None, figures)
+    if "slower" in options.part:
+        print()
+        slower(profile, figures)
+    if "budgets" in options.part:
+        print()
+        budgets(profile, (3, 3, 0) if options.quick else (10, 10, 10), figures)
+    holds = all(figure["holds"] for figure in figures.values())
+    print(json.dumps({"quick": options.quick, **figures, "holds": holds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -326,9 +326,10 @@ def main() -> None:
     measured = measure_device("this-machine", 1, LINKS)
     profile, residuals = measured.profile, np.abs(measured.fit.residuals)
     alignment = profile.alignment
+    assert alignment is not None
     print(
         f"{profile.description}: {len(residuals)} microbenchmarks, median error {statistics.median(residuals):.1%}, "
-        f"channel step {alignment.step.value if alignment else 1}, multiples of {alignment.hard.value if alignment else 1}"
+        f"channel step {alignment.step.value}, multiples of {alignment.hard.value}"
     )
     figures: dict[str, Any] = {}
     if "predict" in options.part:

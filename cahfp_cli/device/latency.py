@@ -85,7 +85,8 @@ class Kernels:
         deep = np.where(of("conv"), self._padded(contracted), contracted)
         wide = np.where(of("odd", "odd_depthwise"), outputs, self._padded(outputs))
         taps = self._taps * np.where(of("odd", "odd_depthwise"), 1.0, self._inside)
-        positions = np.where(of("odd"), self._padded(rows), rows)  # a matrix product with the image along the vectors
+        # A matrix product with the image along the vectors; one position is a product with a vector.
+        positions = np.where(of("odd") & (rows > 1), self._padded(rows), rows)
         operations = np.where(of("memory", "math"), 0.0, 2 * positions * taps * deep * wide)
         unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         calls = np.where(of("odd", "odd_depthwise"), groups, 1.0)

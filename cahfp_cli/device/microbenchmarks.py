@@ -201,7 +201,7 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         yield convolutions(name, channels, image, Conv(0, kernel, groups=0), repeat=4)
     for rows, *dims in (
         *((1, 512, 512, 512), (1, 128, 10), (17, 64, 256, 64), (50, 96, 384, 96), (65, 192, 768, 192)),
-        *((197, 128, 512, 128), (65, 190, 701, 190)),
+        *((197, 128, 512, 128), (65, 190, 701, 190), (17, 96, 384, 96), (17, 48, 17, 48), (50, 64, 50, 64)),
     ):
         chain = Chain(1, rows, dims[0])
         for outputs in dims[1:]:

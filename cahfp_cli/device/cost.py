@@ -24,7 +24,9 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from cahfp_cli.device.arena import Arena, Layout, Schedule
 from cahfp_cli.device.profile import DeviceProfile
+from cahfp_cli.device.sizes import Axis, Size
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -36,21 +38,6 @@ ITEM_BYTES = 4
 CONTAINER_BYTES = 8 * 1024
 CONTAINER_BYTES_PER_OPERATOR = 256
 """An ONNX file beside its weights: exported chains of conv, norm and relu took 230 bytes for each operator traced."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A length: constant + the sum over (family, multiplicity) of multiplicity x widths[family]."""
-
-    constant: int
-    terms: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Size:
-    """A number of elements: the product of the axis lengths (1 without axes)."""
-
-    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -79,14 +66,17 @@ class Workload:
     parameters: tuple[tuple[Size, int], ...]
     buffers: tuple[Size, ...] = ()
     live: tuple[tuple[int, ...], ...] = ()
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
     """Costs of one or many candidates; each array has the shape of the widths without their last axis.
 
-    memory_bytes: all stored tensors plus the peak of the live activations; storage_bytes: all stored tensors plus the
-    container around them; macs as computed, without alignment; params: elements of all stored tensors.
+    memory_bytes: all stored tensors plus activation_bytes, the peak of the activations: what ONNX Runtime holds where the
+    profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace;
+    storage_bytes: all stored tensors plus the container around them; macs as computed, without alignment; params:
+    elements of all stored tensors.
     latency_seconds is None without a device.
     """
 
@@ -95,6 +85,7 @@ class Cost:
     storage_bytes: Array
     macs: Array
     params: Array
+    activation_bytes: Array
 
 
 @dataclass(frozen=True)
@@ -148,6 +139,7 @@ class CostModel:
             self._peak, self._bandwidth = profile.compute.fp32.reached, profile.memory.reached
             self._cache = profile.memory.cache.si if profile.memory.cache is not None else 0.0
             self._operator_overhead, self._call_overhead = profile.overheads.operator.si, profile.overheads.call.si
+        self._arena = _arena_of(workload, profile)
         self.full_widths = np.array(workload.full_widths, np.int64)
         self.full = self.cost(self.full_widths)
 
@@ -159,6 +151,7 @@ class CostModel:
         batch, shape = self._batch(widths)
         totals, peaks, activations, weights = np.split(self._sums(batch), self._parts, axis=1)
         macs, params, stored = totals.T
+        activations_peak = peaks.max(axis=1) if self._arena is None else self._arena(batch)
         latency = None
         if self._profile is not None:
             compute, memory = self._times(batch, activations, weights)
@@ -166,7 +159,8 @@ class CostModel:
             latency = (np.maximum(compute, memory).sum(axis=1) + fixed).reshape(shape)
         return Cost(
             latency_seconds=latency,
-            memory_bytes=(stored + peaks.max(axis=1)).reshape(shape),
+            memory_bytes=(stored + activations_peak).reshape(shape),
+            activation_bytes=activations_peak.reshape(shape),
             storage_bytes=(stored + self._container).reshape(shape),
             macs=macs.reshape(shape),
             params=params.reshape(shape),
@@ -205,6 +199,20 @@ def compile_workload(workload: Workload, profile: DeviceProfile | None) -> CostM
     Raises ValueError if the workload names a family, a buffer or a kind that it does not have.
     """
     return CostModel(workload, profile)
+
+
+def _arena_of(workload: Workload, profile: DeviceProfile | None) -> Arena | None:
+    """ONNX Runtime's arena on the CPU; None where something else computes, or the schedule is not known.
+
+    Its convolutions work in blocks of `alignment.step` channels where the profile has a hard alignment.
+    """
+    if profile is None or workload.schedule is None or profile.runtime.provider != "CPUExecutionProvider":
+        return None
+    layout = Layout(threads=profile.runtime.threads)
+    if profile.alignment is not None and profile.alignment.hard.value > 1:
+        step, hard = profile.alignment.step, profile.alignment.hard
+        layout = Layout(int(step.value), int(hard.value), profile.runtime.threads)
+    return Arena(workload.schedule, workload.families, layout)
 
 
 class _Sums:

@@ -10,7 +10,9 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
-from cahfp_cli.device.cost import Axis, Kind, Operator, Size, Workload
+from cahfp_cli.device.cost import Kind, Operator, Workload
+from cahfp_cli.device.schedule import make_schedule
+from cahfp_cli.device.sizes import Axis, Size
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(
@@ -50,6 +52,7 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
         ),
         buffers=tuple(sizes.of(trace.values[value].axes) for value in buffers),
         live=live,
+        schedule=make_schedule(trace, depends, folded, sizes.of),
     )
 
 

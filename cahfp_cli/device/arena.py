@@ -176,7 +176,8 @@ class Arena:
             until[:, list(step.outputs)] = number
             for tensor in step.inputs:
                 as_written = blocked[:, tensor] == wants[number]
-                until[as_written, tensor] = number
+                makes = ~as_written & ~blocked[:, tensor] & (until[:, count + tensor] < 0)
+                until[as_written | makes, tensor] = number
                 until[~as_written, count + tensor] = number
         return until
 

@@ -6,7 +6,7 @@ each kernel what the arena has in use; the figure is the highest over all calls 
 kernel, which is weights. Inputs are not in the arena. Session options are the defaults but for the profiler, one
 thread, and an arena that does not hand out chunks larger than asked for: the default arena grows in powers of two and
 rounds a request up to a whole chunk, up to twice its size, depending on what came before. `default` is its figure, to
-compare. The runtime orders some copies differently from session to session, so the median of five sessions counts and
+compare. The runtime orders some copies differently from session to session, so the median of three sessions counts and
 `spread` is the largest over the smallest.
 
 Networks are this package's, and small ones of other kinds, pruned through the library: a random share of 30-100% of each
@@ -30,33 +30,33 @@ from pathlib import Path
 from typing import Any
 
 BAR = 0.10
-SESSIONS = 5
+SESSIONS = 3
 CALLS = 3
 IMAGE = (3, 32, 32)
 NETWORKS = {
     # name: (builder, seed or None for all channels, multiple, seen while the model was designed)
-    "resnet20 full": ("resnet20", None, 1, True),
     "resnet20 a": ("resnet20", 3, 1, True),
     "vgg11 a": ("vgg11", 3, 1, True),
     "vgg11 b x4": ("vgg11", 2, 4, True),
-    "mobilenet full": ("mobilenet", None, 1, True),
     "mobilenet a": ("mobilenet", 3, 1, True),
     "densenet a": ("densenet", 3, 1, True),
     "densenet b x4": ("densenet", 2, 4, True),
     "vit a": ("vit", 2, 4, True),
     "resnet18 full": ("resnet18", None, 1, False),
-    "resnet18 a": ("resnet18", 11, 1, False),
+    "resnet18 a": ("resnet18", 11, 1, True),
     "resnet18 b x8": ("resnet18", 12, 8, False),
+    "resnet18 c": ("resnet18", 21, 1, False),
     "resnet56 a": ("resnet56", 11, 1, False),
-    "resnet56 b x4": ("resnet56", 12, 4, False),
+    "resnet56 b x4": ("resnet56", 12, 4, True),
     "vgg16 full": ("vgg16", None, 1, False),
     "vgg16 a": ("vgg16", 11, 1, False),
     "vgg16 b x4": ("vgg16", 12, 4, False),
     "mobilenet wide": ("mobilenet_wide", 11, 4, False),
-    "densenet wide": ("densenet_wide", 11, 8, False),
+    "densenet wide": ("densenet_wide", 11, 8, True),
+    "densenet wide b": ("densenet_wide", 22, 1, False),
     "vit wide": ("vit_wide", 11, 1, False),
 }
-QUICK = ["resnet20 a", "resnet18 a", "vgg16 a", "mobilenet wide", "densenet wide", "vit wide"]
+QUICK = ["resnet20 a", "resnet18 c", "vgg16 a", "mobilenet wide", "densenet wide b", "vit wide"]
 
 
 def mobilenet(stem: int, plan: list[tuple[int, int, int, int]]) -> Any:

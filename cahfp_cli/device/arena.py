@@ -4,8 +4,8 @@ The model, in the order in which the runtime decides:
 
 - A tensor takes its bytes, rounded up to 256, from the kernel that writes it to the last that reads it.
 - A blocked convolution reads whole blocks of channels if their number is a multiple of `multiple`, or fewer channels
-  than one block as they are, and writes whole blocks. Pools and concatenations of whole blocks stay blocked, elementwise
-  kernels of blocked inputs do. What is read in the other layout is copied, and the copy held to its last reader.
+  than one block as they are, and writes whole blocks. Pools and concatenations of whole blocks stay blocked, and
+  so do elementwise kernels. What is read in the other layout is copied, and the copy held to its last reader.
 - A blocked convolution adds a sum's other input while it writes, in that input's place.
 - A tensor takes over the buffer of its own shape that was left last, which is then held all the time in between.
 - The buffers are placed once, in order, each in the tightest hole or on top; later calls hold that whole plan.
@@ -84,7 +84,8 @@ class Layout:
 
 
 class Arena:
-    """A schedule compiled for many evaluations: called with widths (batch, families), returns bytes (batch,), the inputs' too."""
+    """A schedule compiled for many evaluations: called with widths (batch, families), returns bytes (batch,) at the peak,
+    those of the inputs among them."""
 
     def __init__(self, schedule: Schedule, families: int, layout: Layout) -> None:
         self._schedule, self._layout = schedule, layout
@@ -124,7 +125,7 @@ class Arena:
         for step in self._schedule.steps:
             first, inputs = channels[:, step.inputs[0]], list(step.inputs)
             whole = first % multiple == 0
-            reads = np.zeros(len(channels), bool)
+            reads: Flags = np.zeros(len(channels), bool)
             writes: Flags = reads
             if block > 1 and step.kind != "plain":
                 if step.kind == "conv":
@@ -154,31 +155,39 @@ class Arena:
                 rows = wants[number] & ~blocked[:, tensor] & ~made[:, tensor]
                 buffers.hold(count + tensor, rows)
                 made[:, tensor] |= rows
+            buffers.release(before(number))
             if number + 1 < len(steps) and steps[number + 1].fuses is not None:
                 sizes[wants[number + 1], step.outputs[0]] = 0
             every = np.ones(len(sizes), bool)
             if step.fuses is not None:  # the sum takes the place of what it is added to, unless that is read again
                 held = step.inputs[1 - step.fuses]
-                over = wants[number] & (until[:, held] == number)
+                over = wants[number] & (until[:, held] == during(number))
                 buffers.hand_on(held, step.outputs[0], over)
                 every = ~over
             for tensor in step.outputs:
                 buffers.hold(tensor, every)
-                buffers.hold(count + tensor, blocked[:, tensor])  # put in order at once if anything reads it so
-            buffers.release(number)
+            buffers.release(during(number))
+            for tensor in step.outputs:  # what is written in blocks is put in order at once if anything reads it so
+                buffers.hold(count + tensor, blocked[:, tensor])
+            buffers.release(after(number))
         return buffers.height()
 
     def _last_reads(self, blocked: Flags, wants: list[Flags]) -> NDArray[np.int64]:
-        """The step that reads each block last: tensors as written, then copies (-1: no copy); (batch, 2 tensors)."""
+        """When each block is read last: tensors as written, then copies (-1: no copy); (batch, 2 tensors)."""
         count = len(self._schedule.tensors)
         until = np.full((len(blocked), 2 * count), -1)
+        written = {}
         for number, step in enumerate(self._schedule.steps):
-            until[:, list(step.outputs)] = number
+            until[:, list(step.outputs)] = during(number)
+            written.update(dict.fromkeys(step.outputs, number))
             for tensor in step.inputs:
-                as_written = blocked[:, tensor] == wants[number]
-                makes = ~as_written & ~blocked[:, tensor] & (until[:, count + tensor] < 0)
-                until[as_written | makes, tensor] = number
-                until[~as_written, count + tensor] = number
+                as_written, copied = blocked[:, tensor] == wants[number], until[:, count + tensor] >= 0
+                until[as_written, tensor] = during(number)
+                until[~as_written & ~copied & ~blocked[:, tensor], tensor] = before(number)
+                until[~as_written, count + tensor] = during(number)
+        for tensor, number in written.items():
+            reordered = blocked[:, tensor] & (until[:, count + tensor] >= 0)
+            until[reordered, tensor] = np.maximum(until[reordered, tensor], after(number))
         return until
 
     def _workspace(self, widths: Array, blocked: Flags) -> Array:
@@ -192,6 +201,21 @@ class Arena:
             largest = (needed * ~blocked[:, outputs]).max(axis=1)
         others = self._workspaces(widths)
         return np.maximum(_rounded(largest), _rounded(others * 4).max(axis=1) if others.shape[1] else 0)
+
+
+def before(step: int) -> int:
+    """The time at which a step's inputs are put in blocks."""
+    return 3 * step
+
+
+def during(step: int) -> int:
+    """The time at which its kernel runs."""
+    return 3 * step + 1
+
+
+def after(step: int) -> int:
+    """The time at which its outputs are put in order."""
+    return 3 * step + 2
 
 
 class _Buffers:
@@ -240,16 +264,16 @@ class _Buffers:
         self._live[rows, successor] = True
         self._held.append(successor)
 
-    def release(self, step: int) -> None:
-        """After a step: what it read last leaves its buffer."""
+    def release(self, time: int) -> None:
+        """What was read last at that time leaves its buffer."""
         for block in dict.fromkeys(self._held):
-            done = self._live[:, block] & (self._until[:, block] <= step)
+            done = self._live[:, block] & (self._until[:, block] <= time)
             if done.any():
                 self._clock += 1
                 self._left[done, self._buffer[done, block]] = self._clock
                 self._live[done, block] = False
         self._held = [block for block in dict.fromkeys(self._held) if self._live[:, block].any()]
-        self._events.append(step)
+        self._events.append(time)
 
     def height(self) -> Array:
         """Bytes (batch,) of the plan."""

@@ -73,8 +73,8 @@ class Workload:
 class Cost:
     """Costs of one or many candidates; each array has the shape of the widths without their last axis.
 
-    memory_bytes: all stored tensors plus activation_bytes, the peak of the activations: what ONNX Runtime holds where the
-    profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace;
+    memory_bytes: all stored tensors plus activation_bytes, the peak of the activations: what ONNX Runtime holds where
+    the profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace;
     storage_bytes: all stored tensors plus the container around them; macs as computed, without alignment; params:
     elements of all stored tensors.
     latency_seconds is None without a device.

@@ -167,7 +167,7 @@ class _Builder:
         return Step(kind, read, outputs, columns)
 
     def _fuse(self) -> None:
-        """Move the convolution that gives an input of the last step, a sum, to just before it: there it can be fused."""
+        """Move the convolution that gives an input of the last step, a sum, to just before it."""
         total = self._steps.pop()
         for place, tensor in enumerate(total.inputs):
             giver = next((n for n, step in enumerate(self._steps) if tensor in step.outputs), None)

@@ -9,8 +9,9 @@ rounds a request up to a whole chunk, up to twice its size, depending on what ca
 compare. The runtime orders some copies differently from session to session, so the median of three sessions counts and
 `spread` is the largest over the smallest.
 
-Networks are this package's, and small ones of other kinds, pruned through the library: a random share of 30-100% of each
-family, in multiples of the number behind the x; "full" is not pruned. `seen` marks those that the model was designed on.
+Networks are this package's, and small ones of other kinds, pruned through the library: a random share of 30-100% of
+each family, in multiples of the number behind the x; "full" is not pruned. `seen` marks those that the model was
+designed on.
 
     python scripts/bench_memory.py [--quick]
 

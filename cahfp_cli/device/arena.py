@@ -84,8 +84,10 @@ class Layout:
 
 
 class Arena:
-    """A schedule compiled for many evaluations: called with widths (batch, families), returns bytes (batch,) at the peak,
-    those of the inputs among them."""
+    """A schedule compiled for many evaluations: called with widths (batch, families), returns the peak, bytes (batch,).
+
+    The inputs count, though they come from outside the arena.
+    """
 
     def __init__(self, schedule: Schedule, families: int, layout: Layout) -> None:
         self._schedule, self._layout = schedule, layout
@@ -132,9 +134,10 @@ class Arena:
                     reads = whole & (first >= block)
                     writes = reads | (first < block)
                 elif step.kind == "depthwise":
-                    reads = writes = whole
+                    reads = whole
+                    writes = whole
                 else:
-                    reads = blocked[:, inputs].all(axis=1)
+                    reads = np.asarray(blocked[:, inputs].all(axis=1))
                     if step.kind in ("pool", "concat"):
                         reads = reads & (channels[:, inputs] % block == 0).all(axis=1)
                     writes = reads

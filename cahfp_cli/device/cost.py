@@ -14,7 +14,8 @@ Latency is a roofline for each operator, plus overheads:
   them has evicted each before it is needed again. Below that size they stay from call to call and cost nothing.
 - A "free" operator is folded or fused into a neighbour: no time, no overhead. What it stores still counts.
 
-Every term grows with every width, so every cost does (fewer channels never cost more), which selection relies on.
+Every term grows with every width, so every cost does (fewer channels never cost more), which selection relies on; only
+the memory of ONNX Runtime's arena is not quite monotone (device/arena.py).
 """
 
 from collections.abc import Iterable, Sequence

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cahfp_cli.device.arena import Arena, Layout
 from cahfp_cli.device.latency import Kernels, rates_of
+from cahfp_cli.device.operators import Workload, check
 from cahfp_cli.device.profile import DeviceProfile
-from cahfp_cli.device.sizes import ITEM_BYTES, Array, Sums, Workload, check
+from cahfp_cli.device.sizes import ITEM_BYTES, Array, Sums
 
 CONTAINER_BYTES = 8 * 1024
 CONTAINER_BYTES_PER_OPERATOR = 256
@@ -24,9 +26,10 @@ CONTAINER_BYTES_PER_OPERATOR = 256
 class Cost:
     """Costs of one or many candidates; each array has the shape of the widths without their last axis.
 
-    memory_bytes: all stored tensors plus the peak of the live activations; storage_bytes: all stored tensors plus the
-    container around them; macs as computed, without alignment; params: elements of all stored tensors.
-    latency_seconds is None without a device.
+    memory_bytes: all stored tensors plus activation_bytes, the peak of the activations: what ONNX Runtime holds where
+    the profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace; both
+    NaN where they were not asked for. storage_bytes: all stored tensors plus the container around them; macs as
+    computed, without alignment; params: elements of all stored tensors. latency_seconds is None without a device.
     """
 
     latency_seconds: Array | None
@@ -34,6 +37,7 @@ class Cost:
     storage_bytes: Array
     macs: Array
     params: Array
+    activation_bytes: Array
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class CostModel:
         slow = alignment is not None and profile is not None and profile.calibration is not None
         self.hard = int(alignment.hard.value) if alignment is not None and slow else 1
         self._kernels = Kernels(operators, workload.families, self.alignment, self.hard)
+        self._arena = arena_of(workload, profile)
         self.full_widths = np.array(workload.full_widths, np.int64)
         self.full = self.cost(self.full_widths)
 
@@ -90,21 +95,27 @@ class CostModel:
         """
         return np.minimum(-(-widths // self.hard) * self.hard, self.full_widths)
 
-    def cost(self, widths: NDArray[Any]) -> Cost:
+    def cost(self, widths: NDArray[Any], memory: bool = True) -> Cost:
         """All costs of `widths`, shape (families,) or (batch, families): groups kept, not negative.
 
+        Args: memory: without it, all but memory, of which the arena takes a hundred times as long as the rest.
         Raises ValueError for another shape.
         """
         batch, shape = self._batch(widths)
         totals, peaks = np.split(self._sums(batch), [3], axis=1)
         macs, params, stored = totals.T
+        if not memory:
+            activations = np.full(len(batch), np.nan)
+        else:
+            activations = peaks.max(axis=1) if self._arena is None else self._arena(batch)
         latency = None
         if self._rates is not None:
             parts = self._rates.seconds(self._kernels.quantities(batch))
             latency = (sum(part.sum(axis=1) for part in parts) + self._rates.call).reshape(shape)
         return Cost(
             latency_seconds=latency,
-            memory_bytes=(stored + peaks.max(axis=1)).reshape(shape),
+            memory_bytes=(stored + activations).reshape(shape),
+            activation_bytes=activations.reshape(shape),
             storage_bytes=(stored + self._container).reshape(shape),
             macs=macs.reshape(shape),
             params=params.reshape(shape),
@@ -136,3 +147,17 @@ def compile_workload(workload: Workload, profile: DeviceProfile | None) -> CostM
     Raises ValueError if the workload names a family, a buffer or a kind that it does not have.
     """
     return CostModel(workload, profile)
+
+
+def arena_of(workload: Workload, profile: DeviceProfile | None) -> Arena | None:
+    """ONNX Runtime's arena on the CPU; None where something else computes, or the schedule is not known.
+
+    Its convolutions work in blocks of `alignment.step` channels where the profile has a hard alignment.
+    """
+    if profile is None or workload.schedule is None or profile.runtime.provider != "CPUExecutionProvider":
+        return None
+    layout = Layout(threads=profile.runtime.threads)
+    if profile.alignment is not None and profile.alignment.hard.value > 1:
+        step, hard = profile.alignment.step, profile.alignment.hard
+        layout = Layout(int(step.value), int(hard.value), profile.runtime.threads)
+    return Arena(workload.schedule, workload.families, layout)

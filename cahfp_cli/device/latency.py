@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cahfp_cli.device.operators import Operator
 from cahfp_cli.device.profile import Bandwidth, DeviceProfile
-from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Operator, Size, Sums
+from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
 CLASSES = ("conv", "narrow", "odd", "depthwise", "odd_depthwise", "matmul", "memory", "math")
 """Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit;

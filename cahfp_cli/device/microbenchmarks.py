@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from cahfp_cli.device.sizes import Axis, Kind, Operator, Product, Size
+from cahfp_cli.device.operators import Kind, Operator, Product
+from cahfp_cli.device.sizes import Axis, Size
 from cahfp_cli.device.workload import share_inside
 
 OPSET, IR_VERSION = 18, 9

@@ -12,7 +12,9 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
-from cahfp_cli.device.sizes import Axis, Kind, Operator, Product, Size, Workload
+from cahfp_cli.device.operators import Kind, Operator, Product, Workload
+from cahfp_cli.device.schedule import make_schedule
+from cahfp_cli.device.sizes import Axis, Size
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(
@@ -68,6 +70,7 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
         ),
         buffers=tuple(sizes.of(trace.values[value].axes) for value in buffers),
         live=live,
+        schedule=make_schedule(trace, depends, folded, sizes.of),
     )
 
 

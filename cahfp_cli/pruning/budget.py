@@ -40,6 +40,11 @@ class Limits:
 
     by_name: dict[str, float]
 
+    @property
+    def memory(self) -> bool:
+        """Whether memory is limited, which takes long to predict."""
+        return "memory" in self.by_name
+
     def excess(self, cost: Cost) -> dict[str, float]:
         """Each cost as a multiple of its limit; a candidate fits if none is above 1. For one candidate."""
         return {name: float(values_of(cost, name)) / limit for name, limit in self.by_name.items()}

@@ -50,7 +50,11 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
 
 def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:
     """The names of the limits that do not hold once the widths are settled."""
-    return [name for name, excess in limits.excess(cost.cost(cost.settled(widths))).items() if excess > 1.0]
+    return [
+        name
+        for name, excess in limits.excess(cost.cost(cost.settled(widths), memory=limits.memory)).items()
+        if excess > 1.0
+    ]
 
 
 def savings(cost: CostModel, widths: Widths, target: Target, over: list[str], families: Widths) -> Floats:
@@ -62,7 +66,8 @@ def savings(cost: CostModel, widths: Widths, target: Target, over: list[str], fa
     step = np.minimum(cost.alignment, widths[families] - target.least[families])
     candidates = np.repeat(widths[None], len(families), axis=0)
     candidates[np.arange(len(families)), families] -= step
-    now, then = cost.cost(widths), cost.cost(candidates)
+    memory = "memory" in over
+    now, then = cost.cost(widths, memory), cost.cost(candidates, memory)
     saved = sum((values_of(now, name) - values_of(then, name)) / target.limits.by_name[name] for name in over)
     result = np.zeros(len(widths))
     result[families] = saved / step

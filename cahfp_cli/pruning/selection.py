@@ -84,12 +84,12 @@ def uniform(model: CostModel, target: Target) -> Widths:
         widths: Widths = np.floor(model.full_widths * share + 0.5).astype(np.int64)
         return np.maximum(np.minimum(model.settled(widths), target.most), target.least)
 
-    if target.limits.fit(model.cost(target.most)).all():
+    if target.limits.fit(model.cost(target.most, target.limits.memory)).all():
         return target.most
     low, high = 0.0, 1.0
     for _ in range(SHARE_STEPS):
         middle = (low + high) / 2
-        if target.limits.fit(model.cost(of(middle))).all():
+        if target.limits.fit(model.cost(of(middle), target.limits.memory)).all():
             low = middle
         else:
             high = middle
@@ -111,11 +111,11 @@ def grow(
         candidates = np.repeat(widths[None], len(growing), axis=0)
         candidates[np.arange(len(growing)), growing] += 1
         candidates = np.minimum(model.settled(candidates), target.most)
-        cost = model.cost(candidates)
+        cost = model.cost(candidates, target.limits.memory)
         fits = target.limits.fit(cost)
         if not fits.any():
             break
-        now = model.cost(widths)
+        now = model.cost(widths, target.limits.memory)
         increase = sum((values_of(cost, name) - values_of(now, name)) / limit for name, limit in limits.items())
         more = candidates[np.arange(len(growing)), growing]
         worth = np.array([significance[ranked[f][widths[f] : end]].sum() for f, end in zip(growing, more, strict=True)])

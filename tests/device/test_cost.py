@@ -14,8 +14,9 @@ from cahfp_cli.device.cost import (
     CONTAINER_BYTES_PER_OPERATOR,
     compile_workload,
 )
+from cahfp_cli.device.operators import Operator, Product, Workload
 from cahfp_cli.device.profile import DeviceProfile
-from cahfp_cli.device.sizes import Axis, Operator, Product, Size, Workload
+from cahfp_cli.device.sizes import Axis, Size
 
 IMAGE, POOLED, CLASSES = 12, 6, 10
 

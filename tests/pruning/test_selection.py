@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
+from cahfp_cli.device.operators import Operator, Product, Workload
 from cahfp_cli.device.quantities import Count, Share, parse_bytes, parse_limit, parse_seconds
-from cahfp_cli.device.sizes import Axis, Operator, Product, Size, Workload
+from cahfp_cli.device.sizes import Axis, Size
 from cahfp_cli.errors import BudgetError, UsageError
 from cahfp_cli.pruning.budget import Budget, limits_of, values_of
 from cahfp_cli.pruning.selection import select

@@ -17,7 +17,7 @@ from cahfp_cli.device.sizes import Array
 
 ALIGNMENTS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (16, 4))
 """(step, hard): channels computed together, and what blocked kernels want a multiple of."""
-CACHES = (1e6, 2e6, 4e6, 8e6, 12e6, 16e6, 24e6, 32e6, 64e6)
+CACHES = (5e5, 1e6, 2e6, 3e6, 4e6, 5e6, 6e6, 8e6, 1e7, 12e6, 16e6, 24e6, 32e6, 64e6)
 """Bytes."""
 
 
@@ -61,4 +61,4 @@ def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -
         for quantity in (found.operations, found.moved, found.calls)
     ]
     weights = float(found.weights.sum())
-    return np.concatenate([*by_class, [float(found.reordered.sum()), weights, weights * (weights > cache), 1.0]])
+    return np.concatenate([*by_class, [float(found.reordered.sum()), weights, max(weights - cache, 0.0), 1.0]])

@@ -89,7 +89,7 @@ class Kernels:
         # A matrix product with the image along the vectors; one position is a product with a vector.
         positions = np.where(of("odd") & (rows > 1), self._padded(rows), rows)
         operations = np.where(of("memory", "math"), 0.0, 2 * positions * taps * deep * wide)
-        unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
+        unrolled = np.where(of("odd") & (self._taps > 1), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         calls = np.where(of("odd", "odd_depthwise"), groups, 1.0)
         reordered = np.where(self._reorders(of), images * (self._padded(inputs) + inputs), 0.0)
         return Quantities(classes, operations, moved + unrolled, reordered, weights, calls)
@@ -128,10 +128,9 @@ class Kernels:
 class Rates:
     """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call.
 
-    reorder: seconds a reordered byte. weight: seconds a byte of weights. streaming: seconds more once those of the
-    whole network exceed
-    `cache` bytes: every call walks through all of them in the same order, so each was evicted before it is needed
-    again. call: seconds once a call of the network.
+    reorder: seconds a reordered byte. weight: seconds a byte of weights. streaming: seconds more for a byte that comes
+    from main memory: of the weights of the whole network, those beyond `cache` bytes, since every call walks through
+    all of them in the same order. call: seconds once a call of the network.
     """
 
     operation: Array
@@ -145,7 +144,8 @@ class Rates:
 
     def seconds(self, found: Quantities) -> tuple[Array, Array, Array]:
         """Seconds of computing, of moving bytes, and of overhead, each (batch, operators)."""
-        streams = found.weights.sum(axis=1, keepdims=True) > self.cache
+        total = found.weights.sum(axis=1, keepdims=True)
+        streams = np.clip(1 - self.cache / np.maximum(total, 1.0), 0.0, 1.0)
         moving = found.moved * self.byte[found.classes] + found.reordered * self.reorder
         moving += found.weights * (self.weight + self.streaming * streams)
         return found.operations * self.operation[found.classes], moving, found.calls * self.overhead[found.classes]

@@ -191,7 +191,7 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         yield convolutions(
             f"odd 1x1, {narrow}-{wide}, {image}x{image}", narrow, image, Conv(wide, 1), Conv(narrow, 1), repeat=2
         )
-    for odd, even, image in ((63, 64, 16), (101, 96, 8), (34, 32, 32)):
+    for odd, even, image in ((63, 64, 16), (101, 96, 8), (34, 32, 32), (45, 5, 28), (90, 10, 14), (150, 21, 7)):
         name = f"odd and even, {odd}-{even}, {image}x{image}"
         yield convolutions(name, odd, image, Conv(even), Conv(odd), repeat=2)
     for channels, image, kernel in (
@@ -227,8 +227,9 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         for _ in range(4):
             chain.math(operator)
         yield chain.built(f"{operator}, {'x'.join(map(str, shape))}")
-    for layers in (1, 2, 3, 4, 6):  # 9.4 MB each
-        yield convolutions(f"{layers} x 9 MB of weights", 512, 4, Conv(512), repeat=layers)
+    for channels, layers in ((256, 1), (256, 2), (256, 3), (256, 6), (512, 1), (512, 2), (512, 3), (512, 4)):
+        name = f"{layers} layers of {channels} channels: {layers * channels**2 * 36 / 1e6:.0f} MB of weights"
+        yield convolutions(name, channels, 4, Conv(channels), repeat=layers)
     for layers in (1, 2, 3, 4):  # 4.2 MB each
         chain = Chain(1, 1, 1024)
         for _ in range(layers):

@@ -74,11 +74,11 @@ def brute_force(widths: tuple[int, int], profile: DeviceProfile) -> dict[str, fl
     ]
     moved = [source + stem, 2 * stem, stem + wide, stem + wide, 3 * wide, wide + small, small + CLASSES]
     cache = profile.memory.cache.si if profile.memory.cache else 0
-    streams = 4 * sum(weights) > cache
+    streams = max(0.0, 1 - cache / (4 * sum(weights))) if sum(weights) else 0.0
     latency = profile.overheads.call.si
     for operations, activations, weight in zip(padded, moved, weights, strict=True):
         compute = 2 * operations / (profile.compute.fp32.peak.si * profile.compute.fp32.efficiency.si)
-        memory = 4 * (activations + (weight if streams else 0)) / profile.memory.reached
+        memory = 4 * (activations + weight * streams) / profile.memory.reached
         latency += compute + memory + profile.overheads.operator.si
     stored = 4 * (sum(weights) + 2 * a) + 8
     steps = [source + stem, 2 * stem, stem + wide, stem + 2 * wide, 3 * wide, wide + small, small + CLASSES]

@@ -1,6 +1,6 @@
 """Small networks that calibrate a device: each as ONNX to be timed, and as the operators that the cost model sees.
 
-Each is a chain of one kind of operator in the settings where kernels differ: deep and shallow, on large and small
+Most are chains of one kind of operator in the settings where kernels differ: deep and shallow, on large and small
 images, with channel counts that blocks fit and that they do not, with weights that a cache holds and that it cannot.
 """
 
@@ -98,6 +98,17 @@ class Chain:
         size = fixed(*self.shape)
         self.operators.append(Operator("add", "memory", (size, size), (size,)))
 
+    def block(self, outputs: int) -> None:
+        """Two convolutions and their sum with what they started from, as in a residual network."""
+        start, source = self._last, self._source()
+        self.conv(Conv(outputs))
+        self.conv(Conv(outputs))
+        self._nodes.append(helper.make_node("Add", [self._last, start], [f"y{len(self._nodes)}"]))
+        self._last = self._nodes[-1].output[0]
+        size = fixed(*self.shape)
+        self.operators.append(Operator("add", "memory", (size, size), (size,), source=source))
+        self._add("Relu", self.shape, [])
+
     def pool(self) -> None:
         """The maximum over windows of 2x2."""
         out = (*self.shape[:2], *(length // 2 for length in self.shape[2:]))
@@ -125,7 +136,7 @@ class Chain:
             self._nodes,
             name,
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, self._input)],
-            [helper.make_tensor_value_info(self._last, TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info(self._last, TensorProto.FLOAT, self.shape)],
             self._weights,
         )
         opset = [helper.make_opsetid("", OPSET)]
@@ -155,8 +166,24 @@ def convolutions(name: str, channels: int, image: int, *layers: Conv, repeat: in
     return chain.built(name)
 
 
+def classifier(name: str, image: int, widths: tuple[int, ...], residual: bool) -> Microbenchmark:
+    """A whole small network: kernels of several kinds one after the other, as in the networks that are predicted."""
+    chain = Chain(1, 3, image, image)
+    chain.conv(Conv(widths[0]))
+    for number, width in enumerate(widths):
+        if residual:
+            if number:
+                chain.conv(Conv(width, stride=2))
+            chain.block(width)
+        else:
+            chain.conv(Conv(width))
+            chain.pool()
+    chain.mean()
+    return chain.built(name)
+
+
 def microbenchmarks() -> Iterator[Microbenchmark]:
-    """All of them; about 60, that take some 0.1 ms to 20 ms a call on a laptop."""
+    """All of them; about 100, that take some 0.1 ms to 20 ms a call on a laptop."""
     for channels, image, kernel in [
         *(
             (16, 56, 3),
@@ -227,6 +254,17 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         for _ in range(4):
             chain.math(operator)
         yield chain.built(f"{operator}, {'x'.join(map(str, shape))}")
+    for widths in (
+        (32, 64, 128, 256),
+        (20, 40, 80),
+        (64, 128, 256, 384),
+        (27, 55, 101, 203),
+        (13, 39, 70),
+        (17, 90, 33),
+    ):
+        for residual, kind in ((False, "plain"), (True, "residual")):
+            name = f"{kind} network, {'-'.join(map(str, widths))}"
+            yield classifier(name, 32, widths, residual)
     for channels, layers in ((256, 1), (256, 2), (256, 3), (256, 6), (512, 1), (512, 2), (512, 3), (512, 4)):
         name = f"{layers} layers of {channels} channels: {layers * channels**2 * 36 / 1e6:.0f} MB of weights"
         yield convolutions(name, channels, 4, Conv(channels), repeat=layers)

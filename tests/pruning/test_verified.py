@@ -1,0 +1,62 @@
+"""Selection by measurement, on devices that are slower or faster than they are predicted to be."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cahfp_cli.errors import BudgetError
+from cahfp_cli.pruning.budget import Budget, Limits
+from cahfp_cli.pruning.selection import Selection
+from cahfp_cli.pruning.verified import CLOSE, TRIES, select_verified
+
+WIDTH = 100
+"""Groups of the network, of which each takes a microsecond by prediction."""
+
+
+def select(budget: Budget) -> Selection:
+    width = min(int(budget.latency * 1e6), WIDTH)
+    if width < 10:
+        raise BudgetError("too little")
+    limits = Limits({"latency": budget.latency})
+    binding = "latency"
+    return Selection(np.arange(WIDTH) < width, SimpleNamespace(), SimpleNamespace(), limits, binding)
+
+
+def device(factor: float, floor: float = 0.0):
+    return lambda selection: floor + factor * 1e-6 * int(selection.kept.sum())
+
+
+@given(factor=st.floats(0.5, 2.5), limit=st.floats(40e-6, 90e-6))
+def test_the_measured_latency_holds_and_is_close_to_the_limit(factor: float, limit: float) -> None:
+    found = select_verified(Budget(latency=limit), select, device(factor))
+    assert found.seconds <= limit
+    assert found.seconds >= 0.85 * limit or found.selection.kept.all()
+    assert found.selection.limits.by_name["latency"] == limit
+    assert 1 <= found.tries <= TRIES
+
+
+def test_a_prediction_that_is_right_is_measured_once() -> None:
+    found = select_verified(Budget(latency=50.5e-6), select, device(1.0))
+    assert (found.tries, int(found.selection.kept.sum())) == (1, 50)
+    assert found.seconds >= CLOSE * 50.5e-6
+
+
+def test_of_several_that_hold_the_slowest_is_taken() -> None:
+    seen = iter([30e-6, 42e-6, 39e-6, 60e-6, 60e-6, 60e-6])
+    found = select_verified(Budget(latency=50e-6), select, lambda selection: next(seen))
+    assert found.seconds == 42e-6
+
+
+def test_a_device_that_never_holds_is_a_budget_that_cannot_be_met() -> None:
+    with pytest.raises(BudgetError, match=r"no submodel was measured within 50 us; the fastest took 1\d\d us"):
+        select_verified(Budget(latency=50e-6), select, device(1.0, floor=100e-6))
+
+
+def test_a_budget_below_the_narrowest_network_says_so_itself() -> None:
+    with pytest.raises(BudgetError, match="too little"):
+        select_verified(Budget(latency=5e-6), select, device(1.0))
+    with pytest.raises(ValueError, match="no latency"):
+        select_verified(Budget(keep=0.5), select, device(1.0))

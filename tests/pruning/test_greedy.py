@@ -11,12 +11,14 @@ from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.pruning import greedy
-from cahfp_cli.pruning.budget import Limits, values_of
+from cahfp_cli.pruning.budget import Budget, Limits, values_of
 from cahfp_cli.pruning.greedy import exceeded, remove_to_fit, savings
 from cahfp_cli.pruning.linearised import Linearised, Quadratic
-from cahfp_cli.pruning.selection import strongest
+from cahfp_cli.pruning.selection import select, strongest
 from cahfp_cli.pruning.target import Target
 from cahfp_cli.significance.gates import GateJacobian
+from tests.device.test_latency import calibrated
+from tests.device.test_latency import made_up as made_up_rates
 from tests.networks import examples
 from tests.pruning.test_linearised import linearised, made_up
 from tests.pruning.test_selection import NAMES, chain, problems
@@ -182,6 +184,28 @@ def test_where_latency_alone_binds_widths_lie_on_steps_or_are_full(share):
     found = check(model, family, full, target, removal)
     assert (found < full).any()
     assert ((found % STEP == 0) | (found == full) | (found < STEP)).all()  # below a step, every channel counts
+
+
+CALIBRATED = calibrated(made_up_rates(3, 4e6), STEP, 4)
+
+
+@given(full=st.lists(st.integers(4, 60), min_size=1, max_size=3), share=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+@examples(40)
+def test_where_odd_widths_are_slow_none_is_left_that_could_be_settled(full, share, seed):
+    model, full = compile_workload(chain(full, 8, 0), CALIBRATED), np.array(full)
+    family, least = np.repeat(np.arange(len(full)), full), np.ones(len(full), dtype=np.int64)
+    low, high = (float(model.cost(model.settled(widths)).latency_seconds) for widths in (least, full))
+    target = Target(Limits({"latency": low + share * max(high - low, 0.0)}), least, full)
+    removal = made_up(seed, len(family))
+    found = remove_to_fit(removal, family, model, full, target)
+    assert np.array_equal(found, np.bincount(family[removal.alive.numpy()], minlength=len(full)))
+    assert np.array_equal(model.settled(found), found)
+    assert not exceeded(model, found, target.limits)
+    significance = np.random.default_rng(seed).random(len(family))
+    chosen = select(significance, family, model, Budget(latency=target.limits.by_name["latency"]))
+    widths = np.bincount(family[chosen.kept], minlength=len(full))
+    assert np.array_equal(model.settled(widths), widths)
+    assert not exceeded(model, widths, target.limits)
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,7 @@ def predict(
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.device.cost import compile_workload
+    from cahfp_cli.device.derived import derived
     from cahfp_cli.device.quantities import format_bytes, format_count, format_seconds
     from cahfp_cli.device.workload import make_workload
 
@@ -96,7 +98,7 @@ def predict(
         }
         for i in timed
     ]
-    total = float(cost.latency_seconds)
+    total, further = float(cost.latency_seconds), derived(cost, device)
     machine = {
         "model": model,
         "profile": device.name,
@@ -105,6 +107,7 @@ def predict(
         "storage_bytes": int(cost.storage_bytes),
         "macs": int(cost.macs),
         "params": int(cost.params),
+        **asdict(further),
         "operators": operators,
     }
     rows = [
@@ -121,7 +124,12 @@ def predict(
         f"\n\n{device.name}: {format_seconds(total)} at batch 1, {format_bytes(float(cost.memory_bytes))} memory, "
         f"{format_bytes(float(cost.storage_bytes))} storage, {format_count(float(cost.macs))} MACs, "
         f"{format_count(float(cost.params))} params"
+        f"\ntraining: {format_seconds(further.training_step_seconds)} a sample, "
+        f"{format_bytes(further.training_memory_bytes)} at batch 1; upload {format_seconds(further.upload_seconds)}, "
+        f"download {format_seconds(further.download_seconds)}"
     )
+    if further.energy_joules is not None:
+        human += f"; {further.energy_joules * 1e3:.3g} mJ an inference"
     Console(json=json).result(human, machine)
 
 

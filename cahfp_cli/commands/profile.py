@@ -47,12 +47,18 @@ def list_profiles(json: options.Json = False) -> None:
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Name or alias of a profile, or a path to a .toml file.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw its roofline into this file (.png, .svg or .pdf).")
+    ] = None,
     json: options.Json = False,
+    force: options.Force = False,
 ) -> None:
     """Show every figure of one profile with its unit and its source."""
     from cahfp_cli.device.catalogue import load_profile
 
     profile = load_profile(name)
+    if plot is not None:
+        draw(profile, plot, force)
     Console(json=json).result(_page(profile), _machine(profile))
 
 
@@ -185,6 +191,20 @@ def measure(
         "residuals": dict(zip(measured.names, measured.fit.residuals.tolist(), strict=True)),
     }
     console.result(human, machine)
+
+
+def draw(profile: DeviceProfile, plot: Path, force: bool) -> None:
+    """Draw a profile's roofline. Raises: UsageError: `plot` names no kind of figure, or matplotlib is not installed."""
+    from cahfp_cli.checkpoint.atomic import check_file_target
+
+    try:
+        from cahfp_cli.plots.figure_file import figure_suffix, save_figure
+        from cahfp_cli.plots.roofline import draw_roofline
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot needs {error.name}, which is not installed: pip install 'cahfp[plots]'") from error
+    figure_suffix(plot)
+    check_file_target(plot, force)
+    save_figure(draw_roofline(profile), plot, force)
 
 
 def _network(

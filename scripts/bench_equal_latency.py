@@ -5,7 +5,7 @@ machine's measured profile, or a share of the MACs, which is what is common. The
 whose network measures no slower than ours, so that what is left of the difference favours neither. Networks are those
 of bench_significance.py (its cache is shared), latencies those of ONNX Runtime, one thread, thread CPU time.
 
-    python scripts/bench_equal_latency.py [--seeds 3] [--cache .cache-significance] [--quick]
+    python scripts/bench_equal_latency.py [--seeds 3] [--budgets 0.7 0.45] [--quick]
 
 The last line is JSON: each figure, the bar beside it (a lead above 0 at every budget), and `holds`.
 """
@@ -34,7 +34,7 @@ from cahfp_cli.pruning.set_selection import select_set
 from cahfp_cli.training.evaluation import evaluate
 
 SHARES = (0.7, 0.45)
-PROBES = 4
+PROBES = 3
 
 
 def measured(case: Case, kept: np.ndarray) -> float:
@@ -76,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(".cache-significance"))
+    parser.add_argument("--budgets", type=float, nargs="+", default=SHARES, help="shares of the full latency")
     parser.add_argument("--quick", action="store_true", help="a small VGG, one seed, one budget")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def main() -> None:
     recipes = [r for r in (QUICK if options.quick else FULL).recipes if r.architecture in ("vgg", "resnet")]
     rows, figures = [], {}
     for recipe in recipes:
-        for share in SHARES[-1:] if options.quick else SHARES:
+        for share in options.budgets[-1:] if options.quick else options.budgets:
             cases = [Case(recipe, seed, store) for seed in range(1 if options.quick else options.seeds)]
             found = np.array([compare(case, profile, share) for case in cases])
             lead = found[:, 0] - found[:, 2]

@@ -261,6 +261,8 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         (27, 55, 101, 203),
         (13, 39, 70),
         (17, 90, 33),
+        (160, 320, 448),
+        (288, 352, 512),
     ):
         for residual, kind in ((False, "plain"), (True, "residual")):
             name = f"{kind} network, {'-'.join(map(str, widths))}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -187,12 +188,21 @@ def prune(
     network.model.to(where)
     with repeatable(seed, where), console.progress("selecting") as progress:
         for number, target in enumerate(targets):
-            done = steps_of(progress, number, len(targets))
+            select = partial(
+                choose,
+                scored=scored,
+                network=network,
+                analysis=free,
+                selection=chosen,
+                calibration=samples_of,
+                how=how,
+                on_progress=steps_of(progress, number, len(targets)),
+            )
             if verify:
-                verified.append(choose_verified(target, scored, network, free, chosen, samples_of, how, done))
+                verified.append(choose_verified(target, network, free, select))
                 selections.append(verified[-1].selection)
             else:
-                selections.append(choose(target, scored, network, free, chosen, samples_of, how, done))
+                selections.append(select(target))
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
@@ -430,14 +440,7 @@ def choose(
 
 
 def choose_verified(
-    target: Target,
-    scored: "Scores",
-    network: "Network",
-    analysis: "Analysis",
-    selection: "SelectionName",
-    calibration: "Dataset | None",
-    how: "SetOptions",
-    on_progress: Callable[[int, int], None],
+    target: Target, network: "Network", analysis: "Analysis", select: Callable[[Target], "Selection"]
 ) -> "Verified":
     """Select for this machine, by what it measures. Raises: BudgetError: nothing is fast enough."""
     from tempfile import TemporaryDirectory
@@ -456,11 +459,7 @@ def choose_verified(
             export_onnx(submodel.cpu(), network.input_shape, path, {})
             return max(seconds_a_call(path, threads) for _ in range(VERIFIED_TIMES))
 
-    def select(budget: "Budget") -> "Selection":
-        aimed = replace(target, budget=budget)
-        return choose(aimed, scored, network, analysis, selection, calibration, how, on_progress)
-
-    return select_verified(target.budget, select, measure)
+    return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
 
 
 def describe(

@@ -22,7 +22,7 @@ from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
 CLASSES = ("conv", "narrow", "odd", "depthwise", "odd_depthwise", "matmul", "memory", "math")
 """Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit;
-depthwise and odd_depthwise: alike, one input an output; matmul: matrix product; memory, math: see `sizes.Kind`."""
+depthwise and odd_depthwise: alike, one input an output; matmul: matrix product; memory, math: see `operators.Kind`."""
 NUMBER = {name: number for number, name in enumerate(CLASSES)}
 
 

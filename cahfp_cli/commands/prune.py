@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SelectionName = Literal["linear", "quadratic", "independent"]
-VERIFIED_TIMES = 2
-"""Measurements of which the slower one must be within the budget: it should hold the next time too."""
 
 
 @dataclass(frozen=True)
@@ -457,7 +455,7 @@ def choose_verified(
         with TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             export_onnx(submodel.cpu(), network.input_shape, path, {})
-            return max(seconds_a_call(path, threads) for _ in range(VERIFIED_TIMES))
+            return seconds_a_call(path, threads)
 
     return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
 

@@ -32,7 +32,7 @@ class Quantities:
 
     operations: multiplications and additions as computed, padding included. moved: bytes of activations read and
     written, and of the unrolled input that slow convolutions write first. reordered: bytes of inputs that come in
-    blocks and are wanted plain, or the other way round. weights: bytes. calls: of kernels.
+    blocks and are wanted plain, or the other way round. weights: bytes that are read. calls: of kernels.
     """
 
     classes: NDArray[np.int64]
@@ -61,6 +61,7 @@ class Kernels:
         self._step, self._hard = step, hard
         self._taps = np.array([1 if p is None else p.taps for p in products], np.float64)
         self._inside = np.array([1 if p is None else p.inside for p in products], np.float64)
+        self._touched = np.array([1 if p is None else p.touched for p in products], np.float64)
         rows = [[(Size(()) if p is None else p.rows, 1)] for p in products]
         channels = [
             [(Size((one if p is None else getattr(p, name),)), 1)]
@@ -92,6 +93,7 @@ class Kernels:
         unrolled = np.where(of("odd") & (self._taps > 1), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         calls = np.where(of("odd", "odd_depthwise"), groups, 1.0)
         reordered = np.where(self._reorders(of), images * (self._padded(inputs) + inputs), 0.0)
+        weights = weights * np.where(of("odd", "odd_depthwise"), 1.0, self._touched)
         return Quantities(classes, operations, moved + unrolled, reordered, weights, calls)
 
     def _reorders(self, of: Callable[..., NDArray[np.bool_]]) -> NDArray[np.bool_]:

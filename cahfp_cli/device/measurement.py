@@ -18,10 +18,11 @@ from cahfp_cli.device.latency import CLASSES
 from cahfp_cli.device.microbenchmarks import Microbenchmark, microbenchmarks
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Array
-from cahfp_cli.device.stopwatch import seconds_a_call
+from cahfp_cli.device.stopwatch import stopwatch
 
 COPIED = 256 * 2**20
 """Bytes of an array that no cache holds."""
+ROUNDS = 3
 FALLBACK_RATE = 1e15
 """Operations or bytes a second of a term that takes no time."""
 
@@ -55,14 +56,16 @@ def measure_device(
 
 
 def time_all(benchmarks: tuple[Microbenchmark, ...], threads: int, on_progress: Callable[[int, int], None]) -> Array:
-    """Seconds of one call of each, float64 (microbenchmarks,)."""
-    seconds = np.zeros(len(benchmarks))
+    """Seconds of one call of each, float64 (microbenchmarks,): the least of several rounds through all of them."""
+    seconds = np.full(len(benchmarks), np.inf)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "microbenchmark.onnx"
-        for number, benchmark in enumerate(benchmarks):
+        paths = [Path(folder) / f"{number}.onnx" for number in range(len(benchmarks))]
+        for path, benchmark in zip(paths, benchmarks, strict=True):
             onnx.save(benchmark.model, path)
-            seconds[number] = seconds_a_call(path, threads)
-            on_progress(number + 1, len(benchmarks))
+        for done in range(ROUNDS * len(benchmarks)):
+            number = done % len(benchmarks)
+            seconds[number] = min(seconds[number], stopwatch(paths[number], threads)())
+            on_progress(done + 1, ROUNDS * len(benchmarks))
     return seconds
 
 

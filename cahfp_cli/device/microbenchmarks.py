@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cahfp_cli.device.operators import Kind, Operator, Product
 from cahfp_cli.device.sizes import Axis, Size
-from cahfp_cli.device.workload import share_inside
+from cahfp_cli.device.workload import share_touched, taps_inside
 
 OPSET, IR_VERSION = 18, 9
 
@@ -63,8 +63,19 @@ class Chain:
         options = {"kernel_shape": kernel, "strides": (layer.stride,) * 2, "pads": (layer.kernel // 2,) * 4}
         out = (1, outputs, -(-height // layer.stride), -(-width // layer.stride))
         kind: Kind = "conv" if groups == 1 else "depthwise" if own == 1 else "grouped"
-        inside = share_inside(height, out[2], layer.kernel, layer.stride, layer.kernel // 2)
-        product = Product(fixed(1, *out[2:]), layer.kernel**2, Axis(channels), Axis(own), Axis(outputs), inside)
+        high, wide = (
+            taps_inside(length, positions, layer.kernel, layer.stride, layer.kernel // 2)
+            for length, positions in zip((height, width), out[2:], strict=True)
+        )
+        product = Product(
+            fixed(1, *out[2:]),
+            layer.kernel**2,
+            Axis(channels),
+            Axis(own),
+            Axis(outputs),
+            float(high.mean()),
+            share_touched(high, wide),
+        )
         self._add("Conv", out, [weights, (outputs,)], group=groups, **options)
         self.operators.append(
             Operator("conv", kind, (fixed(*self.shape),), (fixed(*out),), (fixed(*weights),), product, self._source())
@@ -267,9 +278,12 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         for residual, kind in ((False, "plain"), (True, "residual")):
             name = f"{kind} network, {'-'.join(map(str, widths))}"
             yield classifier(name, 32, widths, residual)
-    for channels, layers in ((256, 1), (256, 2), (256, 3), (256, 6), (512, 1), (512, 2), (512, 3), (512, 4)):
-        name = f"{layers} layers of {channels} channels: {layers * channels**2 * 36 / 1e6:.0f} MB of weights"
-        yield convolutions(name, channels, 4, Conv(channels), repeat=layers)
+    for channels, image, layers in (
+        *((256, 4, 1), (256, 4, 2), (256, 4, 3), (256, 4, 6), (512, 4, 1), (512, 4, 2), (512, 4, 3), (512, 4, 4)),
+        *((512, 2, 1), (512, 2, 2), (512, 2, 4), (384, 1, 4), (512, 1, 2)),
+    ):
+        name = f"{layers} layers of {channels} channels, {image}x{image}"
+        yield convolutions(name, channels, image, Conv(channels), repeat=layers)
     for layers in (1, 2, 3, 4):  # 4.2 MB each
         chain = Chain(1, 1, 1024)
         for _ in range(layers):

@@ -17,7 +17,8 @@ class Product:
 
     rows: output positions; taps: elements of the kernel. inputs: channels read, contracted: those that each output
     depends on (fewer by the number of groups); outputs: channels written. inside: share of the taps that do not lie
-    above or below the image, where kernels leave them out.
+    above or below the image, where kernels leave them out. touched: share of the kernel that meets the image anywhere:
+    of one of 3x3 on an image of one pixel, only the middle is ever read.
     """
 
     rows: Size
@@ -26,6 +27,7 @@ class Product:
     contracted: Axis
     outputs: Axis
     inside: float = 1.0
+    touched: float = 1.0
 
     @property
     def macs(self) -> Size:

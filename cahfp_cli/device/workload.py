@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cahfp_cli.coupling.analysis import Analysis
 from cahfp_cli.coupling.atoms import Labels
@@ -15,6 +16,8 @@ from cahfp_cli.coupling.trace import Operation, Trace, Value
 from cahfp_cli.device.operators import Kind, Operator, Product, Workload
 from cahfp_cli.device.schedule import make_schedule
 from cahfp_cli.device.sizes import Axis, Size
+
+Bools = NDArray[np.bool_]
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 VIEWS = frozenset(
@@ -33,6 +36,8 @@ MATH = frozenset(
     | {"native_group_norm", "_safe_softmax", "mish", "elu", "pow", "sqrt", "rsqrt", "log", "softplus"}
 )
 """Operators that compute more with each element than moving it."""
+WINDOW = ("stride", "padding", "dilation")
+"""Of a convolution, along each axis."""
 STEPS = {"gelu": 4, "_safe_softmax": 2}
 """Elementwise operators that these become in ONNX, beside the one that computes most."""
 
@@ -204,25 +209,33 @@ def convolution(operation: Operation, weight: Value, x: Value, out: Value, sizes
     transposed, several = operation.constants["transposed"], operation.constants["groups"] > 1
     applied = x if transposed else out
     rows = sizes.of((applied.axes[0], *applied.axes[2:]))
-    inside = 1.0
+    inside = touched = 1.0
     if len(weight.axes) == 4 and not transposed:
-        stride, padding, dilation = (operation.constants[name][0] for name in ("stride", "padding", "dilation"))
-        inside = share_inside(len(x.axes[2]), len(out.axes[2]), len(weight.axes[2]), stride, padding, dilation)
+        axes = [
+            taps_inside(len(x.axes[2 + i]), len(out.axes[2 + i]), len(weight.axes[2 + i]), *options)
+            for i, options in enumerate(zip(*(operation.constants[name] for name in WINDOW), strict=True))
+        ]
+        inside, touched = float(axes[0].mean()), share_touched(*axes)
     taps = prod(len(axis) for axis in weight.axes[2:])
     inputs, outputs = sizes.axis(x.axes[1]), sizes.axis(out.axes[1])
     if not several:
-        return "conv", Product(rows, taps, inputs, inputs, outputs, inside)
+        return "conv", Product(rows, taps, inputs, inputs, outputs, inside, touched)
     if len(weight.axes[1]) == 1:
-        return "depthwise", Product(rows, taps, inputs, Axis(1), outputs, inside)
+        return "depthwise", Product(rows, taps, inputs, Axis(1), outputs, inside, touched)
     # Stored transposed, a weight has a group's outputs on its second axis.
     own = Axis(len(weight.axes[0]) // operation.constants["groups"]) if transposed else sizes.axis(weight.axes[1])
-    return "grouped", Product(rows, taps, inputs, own, outputs, inside)
+    return "grouped", Product(rows, taps, inputs, own, outputs, inside, touched)
 
 
-def share_inside(height: int, lines: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> float:
-    """The share of a kernel's lines that meet the image, mean over output lines."""
-    first = np.arange(lines)[:, None] * stride - padding + np.arange(kernel) * dilation
-    return float(((first >= 0) & (first < height)).mean())
+def taps_inside(length: int, positions: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Bools:
+    """Which taps of a kernel meet the image, along one axis: boolean (output positions, taps)."""
+    place = np.arange(positions)[:, None] * stride - padding + np.arange(kernel) * dilation
+    return np.asarray((place >= 0) & (place < length))
+
+
+def share_touched(*axes: Bools) -> float:
+    """The share of a kernel's taps that meet the image at some position, from `taps_inside` of each axis."""
+    return prod(float(inside.any(axis=0).mean()) for inside in axes)
 
 
 def operator_name(number: int, operation: Operation, constants: list[Value]) -> str:

@@ -1,4 +1,10 @@
-"""Greedy removal: group after group, the one that costs least loss for what it saves, until all limits hold."""
+"""Greedy removal: block after block, the one that costs least loss for what it saves, until all limits hold.
+
+A block is one group of a family, or as many as it takes to reach a width where the device saves something: kernels that
+compute several channels together cost the same up to the next step.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,9 +18,18 @@ from cahfp_cli.pruning.target import Target, Widths
 Floats = NDArray[np.float64]
 
 SHORTLIST = 3
-"""Groups of each family, those with the least estimates, that are looked at exactly."""
+"""Single groups of each family, those with the least estimates, that are looked at exactly."""
 AT_ONCE = 1000
-"""A step removes one of so many groups, or one: large networks take as many steps as small ones."""
+"""A step removes one of so many groups, or one block: large networks take as many steps as small ones."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Fewer groups for one family. saving: of the exceeded costs, each as a share of its limit; positive."""
+
+    family: int
+    groups: int
+    saving: float
 
 
 def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Widths, target: Target) -> Widths:
@@ -27,7 +42,7 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
     Returns: the widths that are left.
     """
     widths = widths.copy()
-    members = torch.from_numpy(family)
+    members = torch.from_numpy(family).to(removal.alive.device)
     removed: list[int] = []
     while True:
         over = exceeded(cost, widths, target.limits)
@@ -35,17 +50,19 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         if not over and not wide.any():
             widths = restore(removal, family, cost, widths, target, removed)
             return settle(removal, family, cost, widths, target, removed)
-        open_families = np.flatnonzero((widths > target.least) & (wide if not over else True))
-        saving = savings(cost, widths, target, over, open_families) if over else np.ones(len(widths))
-        candidates = shortlist(removal, members, open_families)
-        loss = removal.exact(candidates).cpu().double().numpy()
-        ratio = loss / np.maximum(saving[family[candidates.cpu().numpy()]], 1e-12)
-        for position in np.argsort(ratio, kind="stable")[: max(1, int(removal.alive.sum()) // AT_ONCE)]:
-            group = int(candidates[position])
-            if widths[family[group]] > target.least[family[group]]:
+        ways = narrowings(cost, widths, target, over) if over else [Narrowing(int(f), 1, 1.0) for f in np.flatnonzero(wide)]
+        blocks, saving = blocks_of(removal, members, ways)
+        ratio = removal.together(blocks).cpu().double().numpy() / saving
+        count = max(1, int(removal.alive.sum()) // AT_ONCE)
+        for position in np.argsort(ratio, kind="stable")[:count]:
+            block = blocks[position]
+            number = int(family[block[0]])
+            if not removal.alive[block].all() or widths[number] - len(block) < target.least[number]:
+                continue  # what went before in this step was of the same family
+            for group in block.tolist():
                 removal.remove(group)
                 removed.append(group)
-                widths[family[group]] -= 1
+            widths[number] -= len(block)
 
 
 def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:
@@ -57,31 +74,37 @@ def exceeded(cost: CostModel, widths: Widths, limits: Limits) -> list[str]:
     ]
 
 
-def savings(cost: CostModel, widths: Widths, target: Target, over: list[str], families: Widths) -> Floats:
-    """What one group less of each family saves of the exceeded costs, each as a share of its limit; float64
-    (families,), 0 for those not asked for.
-
-    It is taken over a whole step of the device's channel alignment: inside a step nothing seems to be saved.
-    """
-    step = np.minimum(cost.alignment, widths[families] - target.least[families])
-    candidates = np.repeat(widths[None], len(families), axis=0)
-    candidates[np.arange(len(families)), families] -= step
+def narrowings(cost: CostModel, widths: Widths, target: Target, over: list[str]) -> list[Narrowing]:
+    """For each family the next narrower width that fast kernels take, and the next step of the device's alignment,
+    where that saves some of the exceeded costs; by one group each if nothing saves anything."""
+    families = np.flatnonzero(widths > target.least)
+    floor = {step: np.maximum((widths - 1) // step * step, target.least) for step in (cost.hard, cost.alignment)}
+    ways = sorted({(int(f), int(widths[f] - narrower[f])) for narrower in floor.values() for f in families})
+    candidates = np.repeat(widths[None], len(ways), axis=0)
+    for row, (number, groups) in zip(candidates, ways, strict=True):
+        row[number] -= groups
     memory = "memory" in over
-    now, then = cost.cost(widths, memory), cost.cost(candidates, memory)
+    now, then = cost.cost(cost.settled(widths), memory), cost.cost(cost.settled(candidates), memory)
     saved = sum((values_of(now, name) - values_of(then, name)) / target.limits.by_name[name] for name in over)
-    result = np.zeros(len(widths))
-    result[families] = saved / step
-    return result
+    found = [Narrowing(*way, float(s)) for way, s in zip(ways, np.atleast_1d(saved), strict=True) if s > 0]
+    return found or [Narrowing(int(number), 1, 1.0) for number in families]
 
 
-def shortlist(removal: Removal, members: torch.Tensor, families: Widths) -> torch.Tensor:
-    """The groups of each family with the least estimates, int64 (k,)."""
+def blocks_of(removal: Removal, members: torch.Tensor, ways: list[Narrowing]) -> tuple[list[torch.Tensor], Floats]:
+    """The groups that may go, int64 each, by least estimates, and what each block saves; of single groups several.
+
+    Args: members: int64 (groups,), the family of each.
+    """
     estimate = removal.estimate()
-    chosen = []
-    for number in families.tolist():
-        own = torch.nonzero((members == number).to(removal.alive.device) & removal.alive)[:, 0]
-        chosen.append(own[estimate[own].topk(min(SHORTLIST, len(own)), largest=False).indices])
-    return torch.cat(chosen)
+    blocks, saving = [], []
+    for way in ways:
+        own = torch.nonzero((members == way.family) & removal.alive)[:, 0]
+        count = min(SHORTLIST, len(own)) if way.groups == 1 else way.groups
+        least = own[estimate[own].topk(count, largest=False).indices]
+        found = list(least[:, None]) if way.groups == 1 else [least]
+        blocks += found
+        saving += [way.saving] * len(found)
+    return blocks, np.array(saving)
 
 
 def restore(

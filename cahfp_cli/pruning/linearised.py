@@ -7,6 +7,7 @@ calibration samples. Two models of it:
 - `Quadratic`: to second order, -sum g_c + 1/2 sum G_cc' over the removed set, from the interactions of a scores file.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,8 +24,9 @@ class Removal(Protocol):
     def estimate(self) -> torch.Tensor:
         """Change of the divergence for removing each group next, to second order, (groups,), nats."""
 
-    def exact(self, candidates: torch.Tensor) -> torch.Tensor:
-        """The same as this model predicts it, for int64 (k,) group numbers only: (k,)."""
+    def together(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same as this model predicts it, for removing all groups of each block next: (blocks,). A block: int64,
+        numbers of some groups that are left."""
 
     def remove(self, group: int) -> None:
         """Take a group out."""
@@ -68,9 +70,9 @@ class Linearised:
         gradient = self.jacobian @ (self.reference - self.probabilities).flatten() / len(self.reference)
         return gradient + 0.5 * self._curvature
 
-    def exact(self, candidates: torch.Tensor) -> torch.Tensor:
-        """As `Removal.exact`, by the softmax of the linearised logits."""
-        moved = self.jacobian[candidates].reshape(-1, *self.logits.shape)
+    def together(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `Removal.together`, by the softmax of the linearised logits."""
+        moved = block_sums(self.jacobian, blocks).reshape(-1, *self.logits.shape)
         shifted = (self.logits - moved).logsumexp(2) - self.logits.logsumexp(1)
         return ((self.reference * moved).sum(2) + shifted).mean(1)
 
@@ -115,9 +117,10 @@ class Quadratic:
         """As `Removal.estimate`."""
         return self._slope + 0.5 * self._diagonal
 
-    def exact(self, candidates: torch.Tensor) -> torch.Tensor:
-        """As `Removal.exact`: the estimate is already exact."""
-        return self.estimate()[candidates]
+    def together(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `Removal.together`."""
+        slope = block_sums(self._slope[:, None], blocks)[:, 0]
+        return slope + 0.5 * block_sums(self._columns, blocks).square().sum(1)
 
     def remove(self, group: int) -> None:
         """As `Removal.remove`: what is left interacts with what went."""
@@ -134,3 +137,10 @@ class Quadratic:
     def divergence(self) -> float:
         """As `Removal.divergence`; it may be below 0, unlike what it approximates."""
         return self._divergence
+
+
+def block_sums(rows: torch.Tensor, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of each block's rows, (blocks, columns); `rows`: (groups, columns)."""
+    if all(len(block) == 1 for block in blocks):
+        return rows[torch.cat(list(blocks))]
+    return torch.stack([rows[block].sum(0) for block in blocks])

@@ -52,7 +52,7 @@ class SetOptions:
     reference: Reference = "network"
     at_once: int = 256
     damping: float = DAMPING
-    relevance: float = 1e-3
+    relevance: float = 4e-3
     batch_size: int = 64
 
 

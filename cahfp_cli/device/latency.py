@@ -20,9 +20,11 @@ from cahfp_cli.device.operators import Operator
 from cahfp_cli.device.profile import Bandwidth, DeviceProfile
 from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
-CLASSES = ("conv", "narrow", "odd", "depthwise", "odd_depthwise", "matmul", "memory", "math")
-"""Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit;
-depthwise and odd_depthwise: alike, one input an output; matmul: matrix product; memory, math: see `operators.Kind`."""
+CLASSES = ("conv", "narrow", "odd", "odd_pointwise", "depthwise", "odd_depthwise", "matmul", "memory", "math")
+"""Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit,
+which are unrolled for a matrix product; odd_pointwise: the same of one tap, with nothing to unroll; depthwise and
+odd_depthwise: alike, one input an output; matmul: matrix product; memory, math: see `operators.Kind`."""
+UNBLOCKED = ("odd", "odd_pointwise", "odd_depthwise")
 NUMBER = {name: number for number, name in enumerate(CLASSES)}
 
 
@@ -63,6 +65,7 @@ class Kernels:
         self._inside = np.array([1 if p is None else p.inside for p in products], np.float64)
         self._touched = np.array([1 if p is None else p.touched for p in products], np.float64)
         rows = [[(Size(()) if p is None else p.rows, 1)] for p in products]
+        lines = [[(Size(()) if p is None else Size(p.rows.axes[:2]), 1)] for p in products]
         channels = [
             [(Size((one if p is None else getattr(p, name),)), 1)]
             for name in ("inputs", "contracted", "outputs")
@@ -71,13 +74,13 @@ class Kernels:
         moved = [[(size, ITEM_BYTES) for size in (*operator.reads, *operator.writes)] for operator in operators]
         weights = [[(size, ITEM_BYTES) for size in operator.weights] for operator in operators]
         images = [[(Size(()) if not o.reads else Size(o.reads[0].axes[2:]), ITEM_BYTES)] for o in operators]
-        self._sums = Sums([*rows, *channels, *images, *moved, *weights], families)
+        self._sums = Sums([*rows, *lines, *channels, *images, *moved, *weights], families)
         self._source = np.array([-1 if o.source is None else position[o.source] for o in operators], np.int64)
         self._convolution = np.isin(self._kinds, ("conv", "grouped", "depthwise"))
 
     def quantities(self, widths: Array) -> Quantities:
         """Of widths, float64 (batch, families)."""
-        rows, inputs, contracted, outputs, images, moved, weights = np.split(self._sums(widths), 7, axis=1)
+        rows, lines, inputs, contracted, outputs, images, moved, weights = np.split(self._sums(widths), 8, axis=1)
         groups = inputs / np.maximum(contracted, 1.0)
         classes = self._classes(inputs, contracted, outputs, groups)
 
@@ -85,15 +88,16 @@ class Kernels:
             return np.isin(classes, [NUMBER[name] for name in names])
 
         deep = np.where(of("conv"), self._padded(contracted), contracted)
-        wide = np.where(of("odd", "odd_depthwise"), outputs, self._padded(outputs))
-        taps = self._taps * np.where(of("odd", "odd_depthwise"), 1.0, self._inside)
+        wide = np.where(of(*UNBLOCKED), outputs, self._padded(outputs))
+        taps = self._taps * np.where(of(*UNBLOCKED), 1.0, self._inside)
         # A matrix product with the image along the vectors; one position is a product with a vector.
-        positions = np.where(of("odd") & (rows > 1), self._padded(rows), rows)
+        positions = np.where(of("odd", "odd_pointwise") & (rows > 1), self._padded(rows), rows)
         operations = np.where(of("memory", "math"), 0.0, 2 * positions * taps * deep * wide)
-        unrolled = np.where(of("odd") & (self._taps > 1), rows * self._taps * inputs * ITEM_BYTES, 0.0)
-        calls = np.where(of("odd", "odd_depthwise"), groups, 1.0)
+        unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
+        # Unrolling copies line after line, which on small images takes longer than what it copies.
+        calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
         reordered = np.where(self._reorders(of), images * (self._padded(inputs) + inputs), 0.0)
-        weights = weights * np.where(of("odd", "odd_depthwise"), 1.0, self._touched)
+        weights = weights * np.where(of(*UNBLOCKED), 1.0, self._touched)
         return Quantities(classes, operations, moved + unrolled, reordered, weights, calls)
 
     def _reorders(self, of: Callable[..., NDArray[np.bool_]]) -> NDArray[np.bool_]:
@@ -111,13 +115,14 @@ class Kernels:
     def _classes(self, inputs: Array, contracted: Array, outputs: Array, groups: Array) -> NDArray[np.int64]:
         kinds = np.broadcast_to(self._kinds, inputs.shape)
         step, hard = self._step, self._hard
-        plain = np.where(inputs < step, NUMBER["narrow"], np.where(inputs % hard == 0, NUMBER["conv"], NUMBER["odd"]))
+        odd = np.where(self._taps == 1, NUMBER["odd_pointwise"], NUMBER["odd"])
+        plain = np.where(inputs < step, NUMBER["narrow"], np.where(inputs % hard == 0, NUMBER["conv"], odd))
         whole = (contracted % step == 0) & (outputs % np.maximum(groups * step, 1) == 0)
         return np.select(
             [kinds == "conv", kinds == "grouped", kinds == "depthwise", kinds == "matmul", kinds == "math"],
             [
                 plain,
-                np.where(whole, NUMBER["conv"], NUMBER["odd"]),
+                np.where(whole, NUMBER["conv"], odd),
                 np.where(inputs % hard == 0, NUMBER["depthwise"], NUMBER["odd_depthwise"]),
                 NUMBER["matmul"],
                 NUMBER["math"],

@@ -228,6 +228,7 @@ class Calibration(Record):
     conv: OperatorClass
     narrow: OperatorClass
     odd: OperatorClass
+    odd_pointwise: OperatorClass
     depthwise: OperatorClass
     odd_depthwise: OperatorClass
     matmul: OperatorClass

@@ -50,7 +50,11 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         if not over and not wide.any():
             widths = restore(removal, family, cost, widths, target, removed)
             return settle(removal, family, cost, widths, target, removed)
-        ways = narrowings(cost, widths, target, over) if over else [Narrowing(int(f), 1, 1.0) for f in np.flatnonzero(wide)]
+        ways = (
+            narrowings(cost, widths, target, over)
+            if over
+            else [Narrowing(int(f), 1, 1.0) for f in np.flatnonzero(wide)]
+        )
         blocks, saving = blocks_of(removal, members, ways)
         ratio = removal.together(blocks).cpu().double().numpy() / saving
         count = max(1, int(removal.alive.sum()) // AT_ONCE)

@@ -66,17 +66,23 @@ def show(
 def predict(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A checkpoint, a submodel folder, or a model spec such as resnet20."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint, a submodel folder or an ONNX file in one, or a model spec such as resnet20.",
+        ),
     ],
     *,
     profile: Annotated[str, typer.Option("--profile", help="Name or alias of a profile, or a .toml file.")],
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Also time it here, in ONNX Runtime with the profile's threads.")
+    ] = False,
     spec: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
     classes: options.Classes = None,
     json: options.Json = False,
 ) -> None:
-    """Predict latency, memory and storage of a network on a device, operator by operator."""
+    """Predict latency, memory and storage of a network on a device, operator by operator; an ONNX file in fp32."""
     import numpy as np
 
     from cahfp_cli.coupling.analysis import analyse
@@ -116,6 +122,9 @@ def predict(
         **asdict(further),
         "operators": operators,
     }
+    seconds = _measured(network, shape, model, device.runtime.threads) if measured else None
+    if seconds is not None:
+        machine["measured_seconds"] = seconds
     rows = [
         [
             str(o["name"]),
@@ -136,6 +145,8 @@ def predict(
     )
     if further.energy_joules is not None:
         human += f"; {further.energy_joules * 1e3:.3g} mJ an inference"
+    if seconds is not None:
+        human += f"\nmeasured here: {format_seconds(seconds)}, predicted {total / seconds - 1:+.1%}"
     Console(json=json).result(human, machine)
 
 
@@ -214,17 +225,35 @@ def _network(
     from cahfp_cli.checkpoint.metadata import ModelSpec
     from cahfp_cli.commands.networks import open_network, parse_shape
     from cahfp_cli.models.spec import build, parse_model_args
+    from cahfp_cli.pruning.files import TENSORS
 
     path = Path(model)
     if path.exists() and path.suffix != ".py":
         if path.suffix == ".onnx":
-            raise UsageError(f"{model}: give the checkpoint or the submodel folder that the ONNX file was made from")
+            path = path.parent / TENSORS
+            if not path.is_file():
+                raise UsageError(f"{model}: no {TENSORS} beside it; give the checkpoint that it was made from.")
         network = open_network(path, spec, model_arg, input_shape, classes)
         return network.model, network.input_shape
     shape = parse_shape(input_shape)
     if shape is None:
         raise UsageError(f"{model} is not a file, so it is taken as a model spec: pass --input-shape, e.g. 3x32x32")
     return build(ModelSpec(spec=model, args=parse_model_args(model_arg or [])), shape, classes or 10), shape
+
+
+def _measured(network: nn.Module, shape: tuple[int, ...], model: str, threads: int) -> float:
+    """Seconds of a call on this machine: of the ONNX file that MODEL names, or of the network as one."""
+    from tempfile import TemporaryDirectory
+
+    from cahfp_cli.device.stopwatch import seconds_a_call
+    from cahfp_cli.export.onnx_file import export_onnx
+
+    if model.endswith(".onnx"):
+        return seconds_a_call(Path(model), threads)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(network, shape, path, {})
+        return seconds_a_call(path, threads)
 
 
 def _page(profile: DeviceProfile) -> str:

@@ -29,10 +29,13 @@ class Cost:
     memory_bytes: all stored tensors plus activation_bytes, the peak of the activations: what ONNX Runtime holds where
     the profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace; both
     NaN where they were not asked for. storage_bytes: all stored tensors plus the container around them; macs as
-    computed, without alignment; params: elements of all stored tensors. latency_seconds is None without a device.
+    computed, without alignment; params: elements of all stored tensors. latency_seconds is what is expected, and
+    slow_seconds, which latency budgets hold for, what it takes where the profile's calibration is one standard
+    deviation too fast; both None without a device.
     """
 
     latency_seconds: Array | None
+    slow_seconds: Array | None
     memory_bytes: Array
     storage_bytes: Array
     macs: Array
@@ -78,11 +81,12 @@ class CostModel:
         peaks = [[(size, ITEM_BYTES) for size in step] for step in live]
         self._sums = Sums([*totals, *peaks], workload.families)
         alignment = None if profile is None else profile.alignment
+        calibration = None if profile is None else profile.calibration
         self.alignment = 1 if alignment is None else int(alignment.step.value)
         self._rates = None if profile is None else rates_of(profile)
         # What paper says about a device knows of no slow kernels, so none are assumed.
-        slow = alignment is not None and profile is not None and profile.calibration is not None
-        self.hard = int(alignment.hard.value) if alignment is not None and slow else 1
+        self.hard = int(alignment.hard.value) if alignment is not None and calibration is not None else 1
+        self._spread = 0.0 if calibration is None or calibration.spread is None else calibration.spread.si
         self._kernels = Kernels(operators, workload.families, self.alignment, self.hard)
         self._arena = arena_of(workload, profile)
         self.full_widths = np.array(workload.full_widths, np.int64)
@@ -114,6 +118,7 @@ class CostModel:
             latency = (sum(part.sum(axis=1) for part in parts) + self._rates.call).reshape(shape)
         return Cost(
             latency_seconds=latency,
+            slow_seconds=None if latency is None else latency * (1 + self._spread),
             memory_bytes=(stored + activations).reshape(shape),
             activation_bytes=activations.reshape(shape),
             storage_bytes=(stored + self._container).reshape(shape),

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from cahfp_cli.device.stopwatch import stopwatch
 COPIED = 256 * 2**20
 """Bytes of an array that no cache holds."""
 ROUNDS = 3
+"""Visits to each microbenchmark, one round through all after the other; the fastest counts."""
 FALLBACK_RATE = 1e15
 """Operations or bytes a second of a term that takes no time."""
 
@@ -49,24 +50,32 @@ def measure_device(
         holds them.
     """
     benchmarks = tuple(microbenchmarks())
-    seconds = time_all(benchmarks, threads, on_progress)
+    with TemporaryDirectory() as folder:
+        paths = written(benchmarks, Path(folder))
+        seconds = np.full(len(paths), np.inf)
+        for done in range(ROUNDS * len(paths)):
+            number = done % len(paths)
+            seconds[number] = min(seconds[number], stopwatch(paths[number], threads)())
+            on_progress(done + 1, ROUNDS * len(paths))
+    return measured_by(benchmarks, seconds, name, threads, links)
+
+
+def written(benchmarks: Sequence[Microbenchmark], folder: Path) -> list[Path]:
+    """An ONNX file of each."""
+    paths = [folder / f"microbenchmark-{number}.onnx" for number in range(len(benchmarks))]
+    for path, benchmark in zip(paths, benchmarks, strict=True):
+        onnx.save(benchmark.model, path)
+    return paths
+
+
+def measured_by(
+    benchmarks: Sequence[Microbenchmark], seconds: Array, name: str, threads: int, links: dict[str, Any]
+) -> Measured:
+    """What the times of microbenchmarks say, float64 (microbenchmarks,), of one call each; others as
+    `measure_device`."""
     found = fit(benchmarks, seconds)
     content = profile_content(name, threads, links, found, copy_rate())
     return Measured(DeviceProfile.model_validate(content), found, tuple(b.name for b in benchmarks), seconds)
-
-
-def time_all(benchmarks: tuple[Microbenchmark, ...], threads: int, on_progress: Callable[[int, int], None]) -> Array:
-    """Seconds of one call of each, float64 (microbenchmarks,): the least of several rounds through all of them."""
-    seconds = np.full(len(benchmarks), np.inf)
-    with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.onnx" for number in range(len(benchmarks))]
-        for path, benchmark in zip(paths, benchmarks, strict=True):
-            onnx.save(benchmark.model, path)
-        for done in range(ROUNDS * len(benchmarks)):
-            number = done % len(benchmarks)
-            seconds[number] = min(seconds[number], stopwatch(paths[number], threads)())
-            on_progress(done + 1, ROUNDS * len(benchmarks))
-    return seconds
 
 
 def copy_rate() -> float:
@@ -109,6 +118,7 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
     copied = float(f"{1e-9 * copy:.4g}")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = rate(rates.operation[CLASSES.index("conv")], "GFLOP/s") or rate(1e-12, "GFLOP/s")
+    spread = float(np.sqrt(np.square(found.residuals).mean()))
     return {
         "format": "cahfp.profile/1",
         "name": name,
@@ -137,6 +147,7 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
             reorder=rate(rates.reorder, "GB/s"),
             weights=rate(rates.weight, "GB/s"),
             streaming=rate(rates.streaming, "GB/s"),
+            spread=figure(min(max(round(spread, 4), 1e-4), 1.0), "share", "root mean square error of the fit"),
         ),
     }
 

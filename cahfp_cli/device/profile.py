@@ -223,7 +223,8 @@ class OperatorClass(Record):
 
 class Calibration(Record):
     """Measured kernels, see device/latency.py; `reorder`: bandwidth between plain and blocked channels; `weights`: of
-    weights; `streaming`: what weights that the cache cannot hold take beyond that."""
+    weights; `streaming`: what weights that the cache cannot hold take beyond that; `spread`: standard deviation of
+    predictions from what was measured, as a share."""
 
     conv: OperatorClass
     narrow: OperatorClass
@@ -237,6 +238,7 @@ class Calibration(Record):
     reorder: Bandwidth | None = None
     weights: Bandwidth | None = None
     streaming: Bandwidth | None = None
+    spread: Proportion | None = None
 
 
 class PowerDraw(Record):

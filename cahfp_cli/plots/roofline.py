@@ -14,6 +14,7 @@ COLOURS = {
     "conv": "#0072B2",
     "narrow": "#56B4E9",
     "odd": "#D55E00",
+    "odd_pointwise": "#F0E442",
     "depthwise": "#009E73",
     "odd_depthwise": "#E69F00",
     "matmul": "#CC79A7",

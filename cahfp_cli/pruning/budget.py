@@ -80,9 +80,9 @@ def limits_of(budget: Budget, full: Cost) -> Limits:
 def values_of(cost: Cost, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """The cost that a budget of that name limits."""
     if name == "latency":
-        if cost.latency_seconds is None:
+        if cost.slow_seconds is None:
             raise ValueError("a latency budget needs a device profile")
-        return cost.latency_seconds
+        return cost.slow_seconds
     return {
         "memory": cost.memory_bytes,
         "storage": cost.storage_bytes,

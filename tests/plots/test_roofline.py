@@ -34,7 +34,7 @@ def test_a_calibrated_profile_has_a_line_a_kernel_class() -> None:
     rates = made_up(0, 4e6)
     profile = calibrated(rates, 16, 4)
     labels = [line.get_label() for line in draw_roofline(profile).axes[0].lines]
-    assert labels == ["conv", "narrow", "odd", "depthwise", "odd depthwise", "matmul"]
+    assert labels == ["conv", "narrow", "odd", "odd pointwise", "depthwise", "odd depthwise", "matmul"]
     assert reached(profile, "conv")[-1] == pytest.approx(
         1 / (rates.operation[0] + rates.byte[0] / INTENSITY[-1]), rel=1e-3
     )

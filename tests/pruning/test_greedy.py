@@ -1,5 +1,7 @@
 """Greedy removal on random costs and Jacobians: limits hold, nothing that fits is left out, sets are seen as sets."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.pruning import greedy
 from cahfp_cli.pruning.budget import Budget, Limits, values_of
-from cahfp_cli.pruning.greedy import exceeded, remove_to_fit, savings
+from cahfp_cli.pruning.greedy import Narrowing, exceeded, narrowings, remove_to_fit
 from cahfp_cli.pruning.linearised import Linearised, Quadratic
 from cahfp_cli.pruning.selection import select, strongest
 from cahfp_cli.pruning.target import Target
@@ -127,19 +129,19 @@ def test_without_a_limit_each_step_takes_the_group_of_least_loss_in_a_family_tha
             for f in np.unique(family[open_groups])
             for g in sorted(open_groups[family[open_groups] == f], key=lambda g: float(expected.estimate()[g]))[:3]
         ]
-        loss = expected.exact(torch.tensor(short)).numpy()
+        loss = expected.together(list(torch.tensor(short)[:, None])).numpy()
         expected.remove(short[int(np.argmin(loss))])
     assert torch.equal(found.alive, expected.alive)
 
 
 def test_savings_are_shares_of_the_limits_that_are_exceeded():
     model = compile_workload(chain([6, 8], 5, 0), None)
-    widths, least = np.array([5, 8]), np.array([1, 2])
+    widths, least = np.array([5, 8]), np.array([5, 2])
     limits = Limits({"macs": 1000.0, "params": 50.0, "storage": 1e9})
-    found = savings(model, widths, Target(limits, least, widths), ["macs", "params"], np.array([1]))
+    (found,) = narrowings(model, widths, Target(limits, least, widths), ["macs", "params"])
     now, then = model.cost(widths), model.cost(np.array([5, 7]))
     expected = float(now.macs - then.macs) / 1000 + float(now.params - then.params) / 50
-    assert found.tolist() == [0.0, pytest.approx(expected, rel=1e-12)]
+    assert (found.family, found.groups, found.saving) == (1, 1, pytest.approx(expected, rel=1e-12))
 
 
 # --- alignment -------------------------------------------------------------------------------------------------------
@@ -157,19 +159,25 @@ def aligned():
     )
 
 
-def test_savings_are_those_of_a_whole_step_for_each_of_its_groups():
+def test_a_family_goes_to_the_next_step_where_fewer_groups_save_nothing():
     full = np.array([40, 64, 23])
     model = compile_workload(chain(full.tolist(), 8, 0), aligned())
-    seconds = [float(model.cost(np.array(widths)).latency_seconds) for widths in ([40, 64, 23], [24, 64, 23])]
-    assert float(model.cost(np.array([39, 64, 23])).latency_seconds) == pytest.approx(
-        seconds[0], rel=1e-9
-    )  # one less saves 0
     target = Target(Limits({"latency": 1e-3}), np.array([1, 1, 20]), full)
-    found = savings(model, full, target, ["latency"], np.array([0, 2]))
-    assert found[0] == pytest.approx((seconds[0] - seconds[1]) / 1e-3 / STEP, rel=1e-9)
-    narrow = [float(model.cost(np.array(widths)).latency_seconds) for widths in ([40, 64, 23], [40, 64, 20])]
-    assert found[2] == pytest.approx((narrow[0] - narrow[1]) / 1e-3 / 3, rel=1e-9)  # no further than it may go
-    assert found[1] == 0
+
+    def seconds(*widths):
+        return float(model.cost(np.array(widths)).latency_seconds)
+
+    saved = {(way.family, way.groups): way.saving for way in narrowings(model, full, target, ["latency"])}
+    assert seconds(39, 64, 23) == pytest.approx(seconds(40, 64, 23), rel=1e-9)
+    assert saved[0, 8] == pytest.approx((seconds(40, 64, 23) - seconds(32, 64, 23)) / 1e-3, rel=1e-9)
+    assert saved[1, 16] == pytest.approx((seconds(40, 64, 23) - seconds(40, 48, 23)) / 1e-3, rel=1e-9)
+    assert max(groups for family, groups in saved if family == 2) <= 3  # no further than it may go
+
+
+def test_where_nothing_saves_anything_one_group_of_each_family_is_a_way():
+    model = compile_workload(chain([40, 64], 8, 0), aligned())
+    target = Target(Limits({"storage": math.inf}), np.array([1, 64]), np.array([40, 64]))
+    assert narrowings(model, np.array([40, 64]), target, ["storage"]) == [Narrowing(0, 1, 1.0)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.7, 0.9])
@@ -194,7 +202,7 @@ CALIBRATED = calibrated(made_up_rates(3, 4e6), STEP, 4)
 def test_where_odd_widths_are_slow_none_is_left_that_could_be_settled(full, share, seed):
     model, full = compile_workload(chain(full, 8, 0), CALIBRATED), np.array(full)
     family, least = np.repeat(np.arange(len(full)), full), np.ones(len(full), dtype=np.int64)
-    low, high = (float(model.cost(model.settled(widths)).latency_seconds) for widths in (least, full))
+    low, high = (float(model.cost(model.settled(widths)).slow_seconds) for widths in (least, full))
     target = Target(Limits({"latency": low + share * max(high - low, 0.0)}), least, full)
     removal = made_up(seed, len(family))
     found = remove_to_fit(removal, family, model, full, target)

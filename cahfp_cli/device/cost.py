@@ -87,7 +87,7 @@ class CostModel:
         # What paper says about a device knows of no slow kernels, so none are assumed.
         self.hard = int(alignment.hard.value) if alignment is not None and calibration is not None else 1
         self._spread = 0.0 if calibration is None or calibration.spread is None else calibration.spread.si
-        self._kernels = Kernels(operators, workload.families, self.alignment, self.hard)
+        self._kernels = None if profile is None else Kernels(operators, workload.families, self.alignment, self.hard)
         self._arena = arena_of(workload, profile)
         self.full_widths = np.array(workload.full_widths, np.int64)
         self.full = self.cost(self.full_widths)
@@ -113,7 +113,7 @@ class CostModel:
         else:
             activations = peaks.max(axis=1) if self._arena is None else self._arena(batch)
         latency = None
-        if self._rates is not None:
+        if self._rates is not None and self._kernels is not None:
             parts = self._rates.seconds(self._kernels.quantities(batch))
             latency = (sum(part.sum(axis=1) for part in parts) + self._rates.call).reshape(shape)
         return Cost(
@@ -131,7 +131,7 @@ class CostModel:
 
         Raises ValueError for another shape, or if the model was compiled without a profile.
         """
-        if self._rates is None:
+        if self._rates is None or self._kernels is None:
             raise ValueError("a cost model without a profile has no latency")
         batch, shape = self._batch(widths)
         times = np.zeros((3, len(batch), len(self.workload.operators)))

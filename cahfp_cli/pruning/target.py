@@ -39,6 +39,8 @@ def target_of(budget: Budget, model: CostModel, narrowest: Widths | None = None)
     """
     limits = limits_of(budget, model.full)
     least = np.minimum(model.full_widths, 1 if narrowest is None else narrowest)
+    if "latency" in limits.by_name:
+        least = quickest(model, least)
     check_reachable(model, limits, least)
     rounded = np.floor(model.full_widths * (budget.keep or 1.0) + 0.5).astype(np.int64)
     return Target(limits, least, np.maximum(rounded, least))
@@ -62,9 +64,31 @@ def protected(groups: ChannelGroups, excluded: Sequence[str], least: int) -> Cha
     return replace(groups, narrowest=narrowest)
 
 
+def quickest(model: CostModel, least: Widths) -> Widths:
+    """The widths below which families only get slower: kernels for fewer channels than a block may take longer than
+    those of a whole one. Families are looked at one by one, twice; without such kernels, `least`.
+
+    Args: least: int64 (families,), what each family keeps at least.
+    """
+    if model.hard == 1:
+        return least
+    widths = model.settled(least)
+    for number in 2 * list(range(len(widths))):
+        block = min(model.alignment, int(model.full_widths[number]))
+        choices = np.unique([*range(int(model.settled(least)[number]), block, model.hard), widths[number], block])
+        choices = choices[choices >= least[number]]
+        candidates = np.repeat(widths[None], len(choices), axis=0)
+        candidates[:, number] = choices
+        seconds = values_of(model.cost(candidates, memory=False), "latency")
+        widths[number] = choices[int(np.argmin(seconds))]
+    return widths
+
+
 def check_reachable(model: CostModel, limits: Limits, least: Widths) -> None:
-    """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network fits."""
+    """Raise BudgetError, with the smallest reachable value of each limit, unless the narrowest network or all fits."""
     narrowest = model.cost(model.settled(least))  # what selection goes by
+    if limits.fit(model.full).all():
+        return
     broken = [name for name, limit in limits.by_name.items() if values_of(narrowest, name) > limit]
     if broken:
         parts = [

@@ -47,6 +47,50 @@ def test_prune_verify_holds_a_latency_on_this_machine(measured: Path, fleet: Fle
     assert report["budget"]["limits"]["latency"] == pytest.approx(3 * predicted, rel=1e-2)
 
 
+def test_predict_measures_a_checkpoint_and_an_onnx_file_beside_its_submodel(
+    measured: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    def said(*arguments: object) -> dict[str, float]:
+        found: dict[str, float] = json.loads(run_well("profile", "predict", *arguments, "--json").stdout)
+        return found
+
+    whole = said(fleet.checkpoint, "--profile", measured, "--measure")
+    assert 0.1 < whole["latency_seconds"] / whole["measured_seconds"] < 10  # whatever else the machine does
+    assert "measured_seconds" not in said(fleet.checkpoint, "--profile", measured)
+    limits = ("--scores", fleet.scores, "--profile", measured, "--macs", 0.4)
+    run_well("prune", fleet.checkpoint, *limits, "-o", tmp_path / "out")
+    folder = tmp_path / "out" / "here"
+    of_file = said(folder / "model.onnx", "--profile", measured, "--measure")
+    assert of_file["latency_seconds"] == said(folder, "--profile", measured)["latency_seconds"]
+    assert of_file["macs"] < 0.41 * whole["macs"]
+    assert of_file["measured_seconds"] > 0
+    (tmp_path / "alone.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    alone = run("profile", "predict", tmp_path / "alone.onnx", "--profile", measured)
+    assert (alone.code, "submodel.safetensors" in alone.stderr) == (2, True)
+
+
+def test_budgets_hold_for_the_spread_of_the_fit(measured: Path, fleet: Fleet, tmp_path: Path) -> None:
+    profile = read_profile(measured)
+    assert profile.calibration is not None and profile.calibration.spread is not None
+    slow = 1 + profile.calibration.spread.si
+    predicted = json.loads(run_well("profile", "predict", fleet.checkpoint, "--profile", measured, "--json").stdout)[
+        "latency_seconds"
+    ]
+    for share, whole in ((1.001, True), (0.999, False)):
+        arguments = (
+            "--scores",
+            fleet.scores,
+            "--profile",
+            measured,
+            "--latency",
+            f"{predicted * slow * share * 1e6}us",
+        )
+        out = tmp_path / str(share)
+        run_well("prune", fleet.checkpoint, *arguments, "-o", out)
+        found = json.loads((out / "here" / "report.json").read_text())["predicted"]["latency_seconds"]
+        assert (found == pytest.approx(predicted, rel=1e-9)) == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from networks import densenet, mobilenet, vit
 from torch import nn
 
 from cahfp_cli.coupling.analysis import Analysis, analyse, cut
@@ -55,97 +56,6 @@ BETTER, WITHIN, WITHIN_VERIFIED, SLACK, UNUSED = 2.0, 0.95, 1.0, 0.05, 0.15
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, ReLU6."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
-
-
-class Inverted(nn.Module):
-    """An inverted residual block: expand, depthwise, project (Sandler et al. 2018)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        wide = inputs * expansion
-        project = convolution(wide, outputs, 1)[:2]
-        self.body = nn.Sequential(convolution(inputs, wide, 1), convolution(wide, wide, 3, stride, wide), project)
-        self.skip = stride == 1 and inputs == outputs
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.body(x) if self.skip else self.body(x)
-
-
-class Mobile(nn.Module):
-    """Like MobileNetV2, for small images."""
-
-    def __init__(self, channels: int, plan: tuple[tuple[int, int, int, int], ...], width: float) -> None:
-        super().__init__()
-        inputs = int(32 * width)
-        layers: list[nn.Module] = [convolution(channels, inputs)]
-        for expansion, outputs, count, stride in plan:
-            for number in range(count):
-                layers.append(Inverted(inputs, int(outputs * width), 1 if number else stride, expansion))
-                inputs = int(outputs * width)
-        self.body = nn.Sequential(*layers, convolution(inputs, int(320 * width), 1))
-        self.head = nn.Linear(int(320 * width), 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
-class DenseLayer(nn.Module):
-    """Norm, 1x1, norm, 3x3, and everything that came before beside it (Huang et al. 2017)."""
-
-    def __init__(self, inputs: int, growth: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, 4 * growth, 1, bias=False)),
-            *(nn.BatchNorm2d(4 * growth), nn.ReLU(), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, self.body(x)], 1)
-
-
-class Dense(nn.Module):
-    """Like DenseNet, for small images."""
-
-    def __init__(self, channels: int, growth: int, blocks: tuple[int, ...]) -> None:
-        super().__init__()
-        width = 2 * growth
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
-        for number, count in enumerate(blocks):
-            if number:
-                half = nn.Conv2d(width, width // 2, 1, bias=False)
-                layers += [nn.BatchNorm2d(width), nn.ReLU(), half, nn.AvgPool2d(2)]
-                width //= 2
-            for _ in range(count):
-                layers.append(DenseLayer(width, growth))
-                width += growth
-        self.body = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
-class Logits(nn.Module):
-    """A ViT of `transformers` as one from images to logits."""
-
-    def __init__(self, image: int, patch: int, hidden: int, layers: int, heads: int, channels: int) -> None:
-        super().__init__()
-        from transformers import ViTConfig, ViTForImageClassification
-
-        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
-        config = ViTConfig(
-            image_size=image, patch_size=patch, num_channels=channels, num_labels=10, num_attention_heads=heads, **sizes
-        )
-        self.network = ViTForImageClassification(config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x).logits
-
-
 @dataclass(frozen=True)
 class Kind:
     """A network, how many widths of it are tried, and whether it served to design the model."""
@@ -158,7 +68,7 @@ class Kind:
 
 
 SMALL, LARGE = (1, 28, 28), (3, 32, 32)
-PLAN = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 40, 2, 2), (6, 80, 3, 2))
+PLAN = ((1, 24, 1, 1), (6, 36, 2, 1), (6, 60, 2, 2), (6, 120, 3, 2))
 KINDS = (
     Kind("resnet18*", partial(resnet18, LARGE, 10, 0.5), LARGE, 2, designed=True),
     Kind("vgg11*", partial(vgg11, LARGE, 10), LARGE, 2, designed=True),
@@ -167,9 +77,9 @@ KINDS = (
     Kind("resnet56", partial(resnet56, LARGE, 10), LARGE, 4),
     Kind("vgg11 at 28x28", partial(vgg11, SMALL, 10, 0.5), SMALL, 6),
     Kind("vgg16", partial(vgg16, LARGE, 10, 0.75), LARGE, 4),
-    Kind("mobile", partial(Mobile, 3, PLAN, 1.5), LARGE, 4),
-    Kind("dense", partial(Dense, 1, 12, (6, 6, 6)), SMALL, 4),
-    Kind("vit", partial(Logits, 28, 7, 96, 6, 4, 1), SMALL, 4),
+    Kind("mobile", partial(mobilenet, 48, PLAN), LARGE, 4),
+    Kind("dense", partial(densenet, 12, (6, 6, 6), 1), SMALL, 4),
+    Kind("vit", partial(vit, 96, 6, 4, 28, 7, 384, 1), SMALL, 4),
 )
 BUDGETED = ("resnet18 at 28x28", "resnet20 at 32x32", "vgg11 at 28x28")
 QUICK = ("resnet20 at 32x32", "vgg11 at 28x28", "mobile", "vit")

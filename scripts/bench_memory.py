@@ -60,87 +60,10 @@ NETWORKS = {
 QUICK = ["resnet20 a", "resnet18 c", "vgg16 a", "mobilenet wide", "densenet wide b", "vit wide"]
 
 
-def mobilenet(stem: int, plan: list[tuple[int, int, int, int]]) -> Any:
-    """Inverted residuals of (expansion, channels, blocks, stride), as in MobileNetV2."""
-    import torch
-    from torch import nn
-
-    def conv(channels: int, out: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-        layer = nn.Conv2d(channels, out, size, stride, size // 2, groups=groups, bias=False)
-        return [layer, nn.BatchNorm2d(out), nn.ReLU6()]
-
-    class Inverted(nn.Module):
-        def __init__(self, channels: int, out: int, stride: int, expansion: int) -> None:
-            super().__init__()
-            inner = channels * expansion
-            wide = conv(channels, inner, 1) if expansion > 1 else []
-            self.body = nn.Sequential(*wide, *conv(inner, inner, 3, stride, inner), *conv(inner, out, 1)[:2])
-            self.adds = stride == 1 and channels == out
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.body(x) if self.adds else self.body(x)
-
-    layers, channels = conv(3, stem, 3), stem
-    for expansion, out, blocks, stride in plan:
-        for number in range(blocks):
-            layers.append(Inverted(channels, out, stride if number == 0 else 1, expansion))
-            channels = out
-    layers += [*conv(channels, 4 * channels, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(4 * channels, 10))
-
-
-def densenet(growth: int, blocks: tuple[int, ...]) -> Any:
-    """Dense layers with bottlenecks, and a transition that halves channels and image between blocks."""
-    import torch
-    from torch import nn
-
-    def normed(channels: int, out: int, size: int) -> list[nn.Module]:
-        return [
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, out, size, padding=size // 2, bias=False),
-        ]
-
-    class Dense(nn.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.body = nn.Sequential(*normed(channels, 4 * growth, 1), *normed(4 * growth, growth, 3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([x, self.body(x)], 1)
-
-    channels = 2 * growth
-    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
-    for number, count in enumerate(blocks):
-        if number:
-            layers += [*normed(channels, channels // 2, 1), nn.AvgPool2d(2)]
-            channels //= 2
-        for _ in range(count):
-            layers.append(Dense(channels))
-            channels += growth
-    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
-    return nn.Sequential(*layers)
-
-
-def vit(hidden: int, layers: int, heads: int, image: int) -> Any:
-    import transformers
-
-    from cahfp_cli.coupling.adapters import adapt
-
-    config = transformers.ViTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=2 * hidden,
-        image_size=image,
-        patch_size=8,
-        num_labels=10,
-    )
-    return adapt(transformers.ViTForImageClassification(config))
-
-
 def build(name: str) -> tuple[Any, tuple[int, ...]]:
     """A network with random weights and the shape of one sample."""
+    from networks import densenet, mobilenet, vit
+
     from cahfp_cli.models import resnet, vgg
 
     small = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 2, 2), (6, 64, 2, 2)]
@@ -149,8 +72,8 @@ def build(name: str) -> tuple[Any, tuple[int, ...]]:
         "mobilenet_wide": lambda: (mobilenet(48, [(1, 24, 1, 2), (6, 40, 3, 2), (6, 96, 3, 2)]), (3, 64, 64)),
         "densenet": lambda: (densenet(12, (4, 4, 4)), IMAGE),
         "densenet_wide": lambda: (densenet(32, (3, 6, 4)), IMAGE),
-        "vit": lambda: (vit(64, 2, 4, 64), (3, 64, 64)),
-        "vit_wide": lambda: (vit(192, 4, 6, 96), (3, 96, 96)),
+        "vit": lambda: (vit(64, 2, 4, 64, 8, 128), (3, 64, 64)),
+        "vit_wide": lambda: (vit(192, 4, 6, 96, 8, 384), (3, 96, 96)),
     }
     if name in builders:
         return builders[name]()

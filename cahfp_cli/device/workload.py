@@ -1,6 +1,6 @@
 """From a trace to a workload: which operators cost what, with sizes that follow the widths."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -52,7 +52,8 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
     groups, trace = analysis.groups, analysis.traces[0]
     sizes = Sizes(groups, analysis.group_of_atom)
     depends = depends_on_input(trace)
-    folded, fused = folded_operations(trace), fused_operations(trace)
+    folded = folded_operations(trace)
+    fused = fused_operations(trace, folded)
     storage = storages(trace, depends, folded)
     operators: list[Operator] = []
     made_by: dict[int, int] = {}  # value -> the timed operator that made it
@@ -143,17 +144,17 @@ def folded_operations(trace: Trace) -> list[bool]:
     ]
 
 
-def fused_operations(trace: Trace) -> list[bool]:
-    """As `folded_operations`, but an activation takes time unless it follows a product, its norm or an addition."""
-    folded = folded_operations(trace)
+def fused_operations(trace: Trace, folded: Sequence[bool]) -> list[bool]:
+    """What takes no time: as `folded`, but an activation does unless it follows a product, its norm or an addition."""
+    fused = list(folded)
     fusing: set[int] = set()
     for number, operation in enumerate(trace.operations):
         follows = bool(operation.inputs) and operation.inputs[0] in fusing
         if operation.name in FUSED:
-            folded[number] = follows
-        if operation.name in {"convolution", "add", "add_", *PRODUCTS} or (folded[number] and follows):
+            fused[number] = follows
+        if operation.name in {"convolution", "add", "add_", *PRODUCTS} or (fused[number] and follows):
             fusing.update(operation.outputs)
-    return folded
+    return fused
 
 
 def liveness(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cahfp_cli.device.cost import CostModel
+from cahfp_cli.errors import BudgetError
 from cahfp_cli.pruning.budget import Limits, values_of
 from cahfp_cli.pruning.linearised import Removal
 from cahfp_cli.pruning.target import Target, Widths
@@ -40,6 +41,7 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         family: int64 (groups,), of its groups.
         widths: int64 (families,), those of its network. The target can be met from there.
     Returns: the widths that are left.
+    Raises: BudgetError: the narrowest network does not meet it: it is slower than a wider one that is not allowed.
     """
     widths = widths.copy()
     members = torch.from_numpy(family).to(removal.alive.device)
@@ -50,6 +52,10 @@ def remove_to_fit(removal: Removal, family: Widths, cost: CostModel, widths: Wid
         if not over and not wide.any():
             widths = restore(removal, family, cost, widths, target, removed)
             return settle(removal, family, cost, widths, target, removed)
+        if over and (widths <= target.least).all():
+            raise BudgetError(
+                f"no network of these widths meets the budget for {', '.join(over)}; raise it, or --keep."
+            )
         ways = (
             narrowings(cost, widths, target, over)
             if over

@@ -12,6 +12,7 @@ from torch import nn
 from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
+from cahfp_cli.errors import BudgetError
 from cahfp_cli.pruning import greedy
 from cahfp_cli.pruning.budget import Budget, Limits, values_of
 from cahfp_cli.pruning.greedy import Narrowing, exceeded, narrowings, remove_to_fit
@@ -214,6 +215,13 @@ def test_where_odd_widths_are_slow_none_is_left_that_could_be_settled(full, shar
     widths = np.bincount(family[chosen.kept], minlength=len(full))
     assert np.array_equal(model.settled(widths), widths)
     assert not exceeded(model, widths, target.limits)
+
+
+def test_where_only_widths_that_are_not_allowed_are_fast_enough_that_is_an_error():
+    model = compile_workload(chain([12], 8, 0), None)
+    target = Target(Limits({"macs": float(model.cost(np.array([6])).macs)}), np.array([7]), np.array([7]))
+    with pytest.raises(BudgetError, match="macs"):
+        remove_to_fit(made_up(0, 12), np.zeros(12, int), model, np.array([12]), target)
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------

@@ -230,8 +230,8 @@ def _network(
     path = Path(model)
     if path.exists() and path.suffix != ".py":
         if path.suffix == ".onnx":
-            path = path.parent / TENSORS
-            if not path.is_file():
+            path = path.parent
+            if not (path / TENSORS).is_file():
                 raise UsageError(f"{model}: no {TENSORS} beside it; give the checkpoint that it was made from.")
         network = open_network(path, spec, model_arg, input_shape, classes)
         return network.model, network.input_shape

@@ -17,6 +17,7 @@ from cahfp_cli.device.cost import (
 from cahfp_cli.device.operators import Operator, Product, Workload
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Axis, Size
+from tests.networks import examples
 
 IMAGE, POOLED, CLASSES = 12, 6, 10
 
@@ -150,6 +151,7 @@ def test_without_a_profile_there_is_everything_but_latency() -> None:
     low=st.tuples(st.integers(0, 40), st.integers(0, 40)),
     more=st.tuples(st.integers(0, 40), st.integers(0, 40)),
 )
+@examples(100)
 def test_keeping_more_never_costs_less(name: str, low: tuple[int, int], more: tuple[int, int]) -> None:
     model = compile_workload(small_net(), load_profile(name))
     small = model.cost(np.array(low))

@@ -57,12 +57,12 @@ def test_predict_measures_a_checkpoint_and_an_onnx_file_beside_its_submodel(
     whole = said(fleet.checkpoint, "--profile", measured, "--measure")
     assert 0.1 < whole["latency_seconds"] / whole["measured_seconds"] < 10  # whatever else the machine does
     assert "measured_seconds" not in said(fleet.checkpoint, "--profile", measured)
-    limits = ("--scores", fleet.scores, "--profile", measured, "--macs", 0.4)
+    limits = ("--scores", fleet.scores, "--profile", measured, "--macs", 0.7)
     run_well("prune", fleet.checkpoint, *limits, "-o", tmp_path / "out")
     folder = tmp_path / "out" / "here"
     of_file = said(folder / "model.onnx", "--profile", measured, "--measure")
     assert of_file["latency_seconds"] == said(folder, "--profile", measured)["latency_seconds"]
-    assert of_file["macs"] < 0.41 * whole["macs"]
+    assert of_file["macs"] < 0.71 * whole["macs"]
     assert of_file["measured_seconds"] > 0
     (tmp_path / "alone.onnx").write_bytes((folder / "model.onnx").read_bytes())
     alone = run("profile", "predict", tmp_path / "alone.onnx", "--profile", measured)

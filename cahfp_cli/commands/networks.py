@@ -1,4 +1,4 @@
-"""What several commands do with a network named on the command line: open it, describe it, record its spec."""
+"""What several commands do with a network named on the command line: open, describe and time it, record its spec."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,3 +117,16 @@ def percent(share: float) -> str:
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were set, for provenance."""
     return {name: value for name, value in options.items() if value not in (None, False, [])}
+
+
+def seconds_here(network: "nn.Module", shape: tuple[int, ...], threads: int) -> float:
+    """Seconds of a call of a network on this machine's CPU, exported and run in ONNX Runtime."""
+    from tempfile import TemporaryDirectory
+
+    from cahfp_cli.device.stopwatch import seconds_a_call
+    from cahfp_cli.export.onnx_file import export_onnx
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(network, shape, path, {})
+        return seconds_a_call(path, threads)

@@ -243,17 +243,10 @@ def _network(
 
 def _measured(network: nn.Module, shape: tuple[int, ...], model: str, threads: int) -> float:
     """Seconds of a call on this machine: of the ONNX file that MODEL names, or of the network as one."""
-    from tempfile import TemporaryDirectory
-
+    from cahfp_cli.commands.networks import seconds_here
     from cahfp_cli.device.stopwatch import seconds_a_call
-    from cahfp_cli.export.onnx_file import export_onnx
 
-    if model.endswith(".onnx"):
-        return seconds_a_call(Path(model), threads)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(network, shape, path, {})
-        return seconds_a_call(path, threads)
+    return seconds_a_call(Path(model), threads) if model.endswith(".onnx") else seconds_here(network, shape, threads)
 
 
 def _page(profile: DeviceProfile) -> str:

@@ -441,21 +441,15 @@ def choose_verified(
     target: Target, network: "Network", analysis: "Analysis", select: Callable[[Target], "Selection"]
 ) -> "Verified":
     """Select for this machine, by what it measures. Raises: BudgetError: nothing is fast enough."""
-    from tempfile import TemporaryDirectory
-
+    from cahfp_cli.commands.networks import seconds_here
     from cahfp_cli.coupling.analysis import cut
-    from cahfp_cli.device.stopwatch import seconds_a_call
-    from cahfp_cli.export.onnx_file import export_onnx
     from cahfp_cli.pruning.verified import select_verified
 
     threads = target.profile.runtime.threads if target.profile else 1
 
     def measure(picked: "Selection") -> float:
         submodel, _ = cut(network.model, analysis, picked.kept)
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            export_onnx(submodel.cpu(), network.input_shape, path, {})
-            return seconds_a_call(path, threads)
+        return seconds_here(submodel.cpu(), network.input_shape, threads)
 
     return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
 

@@ -1,4 +1,8 @@
-"""Selection for a device that is at hand: measure what was selected, and aim anew until the measured latency fits."""
+"""Selection for a device that is at hand: measure what was selected, and aim anew until the measured latency fits.
+
+The next aim is in proportion to the last measurement while that lies between the largest aim that fitted and the
+smallest that did not, and otherwise half way between the two: latency jumps with the widths, and a measurement may err.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +12,7 @@ from cahfp_cli.errors import BudgetError
 from cahfp_cli.pruning.budget import Budget, Limits
 from cahfp_cli.pruning.selection import Selection
 
-TRIES = 6
+TRIES = 8
 CLOSE = 0.92
 """A measured latency of so much of the limit is close enough to it."""
 MARGIN = 0.98
@@ -37,21 +41,29 @@ def select_verified(
     if limit is None:
         raise ValueError("there is no latency to verify")
     aim, best, fastest = limit, None, float("inf")
+    fitted, missed = 0.0, float("inf")  # the largest aim that fitted, the smallest that did not
     for tries in range(1, TRIES + 1):
         try:
             selection = select(replace(budget, latency=aim))
         except BudgetError:
             if tries == 1:
                 raise
-            break
+            fitted, aim = aim, (aim + missed) / 2
+            continue
         seconds = measure(selection)
         fastest = min(fastest, seconds)
-        if seconds <= limit and (best is None or seconds > best.seconds):
-            best = Verified(selection, seconds, tries)
-        room = selection.binding == "latency" and not selection.kept.all()
-        if seconds <= limit and (seconds >= CLOSE * limit or not room):
-            break
+        if seconds <= limit:
+            fitted = max(fitted, aim)
+            if best is None or seconds > best.seconds:
+                best = Verified(selection, seconds, tries)
+            room = selection.binding == "latency" and not selection.kept.all()
+            if seconds >= CLOSE * limit or not room:
+                break
+        else:
+            missed = min(missed, aim)
         aim *= MARGIN * limit / seconds
+        if not fitted < aim < missed:
+            aim = (fitted + missed) / 2
     if best is None:
         raise BudgetError(
             f"no submodel was measured within {format_seconds(limit)}; the fastest took {format_seconds(fastest)}.\n"

@@ -38,6 +38,36 @@ def test_the_measured_latency_holds_and_is_close_to_the_limit(factor: float, lim
     assert 1 <= found.tries <= TRIES
 
 
+@given(seed=st.integers(0, 10**6), jump=st.integers(20, 80), limit=st.floats(30e-6, 90e-6))
+def test_a_device_that_jumps_and_whose_measurements_err_is_bisected(seed: int, jump: int, limit: float) -> None:
+    random = np.random.default_rng(seed)
+
+    def measure(selection: Selection) -> float:
+        width = int(selection.kept.sum())
+        return float(1e-6 * (width + 25 * (width > jump)) * random.uniform(1, 1.04))
+
+    found = select_verified(Budget(latency=limit), select, measure)
+    assert found.seconds <= limit
+    above = limit >= 1.05 * (jump + 26) * 1e-6  # whether a network beyond the jump fits, whatever the error
+    assert found.seconds >= 0.85 * (limit if above else min(limit, jump * 1e-6))
+
+
+def test_where_the_proportion_goes_in_circles_the_middle_is_tried() -> None:
+    aims = []
+
+    def noted(budget: Budget) -> Selection:
+        aims.append(round(budget.latency * 1e6, 3))
+        return select(budget)
+
+    found = select_verified(
+        Budget(latency=50e-6), noted, lambda selection: 1e-6 * (30 if selection.kept.sum() < 45 else 60)
+    )
+    assert found.seconds == pytest.approx(30e-6)
+    assert aims[:3] == [50.0, 40.833, pytest.approx(45.417, abs=1e-3)]
+    assert len(aims) == TRIES
+    assert max(aims[3:]) < 45.5
+
+
 def test_a_prediction_that_is_right_is_measured_once() -> None:
     found = select_verified(Budget(latency=50.5e-6), select, device(1.0))
     assert (found.tries, int(found.selection.kept.sum())) == (1, 50)
@@ -45,7 +75,7 @@ def test_a_prediction_that_is_right_is_measured_once() -> None:
 
 
 def test_of_several_that_hold_the_slowest_is_taken() -> None:
-    seen = iter([30e-6, 42e-6, 39e-6, 60e-6, 60e-6, 60e-6])
+    seen = iter([30e-6, 42e-6, 39e-6, *[60e-6] * TRIES])
     found = select_verified(Budget(latency=50e-6), select, lambda selection: next(seen))
     assert found.seconds == 42e-6
 

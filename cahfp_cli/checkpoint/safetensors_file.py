@@ -46,6 +46,11 @@ class TensorInfo:
         return self.end - self.start
 
     @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def rows(self) -> int:
         """Length of axis 0; a scalar counts as one row."""
         return self.shape[0] if self.shape else 1
@@ -108,6 +113,18 @@ class SafetensorsFile:
             return self.read(name)
         row_bytes = info.nbytes // info.rows if info.rows else 0
         return self._elements(info, info.start + first * row_bytes, (last - first, *info.shape[1:]))
+
+    def read_header(self) -> bytes:
+        """Everything before the first element: the header's length and the header.
+
+        Raises: InputError: the file is no longer what was validated.
+        """
+        size = min((info.start for info in self.tensors.values()), default=self._identity[2])
+        with self._descriptor() as handle:
+            header = bytearray(size)
+            if not _read_into(handle, memoryview(header), 0):
+                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+        return bytes(header)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -20,6 +20,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import MAX_AXES, SafetensorsFile, open_safetensors
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.rewrites import Rewrite
@@ -169,16 +170,25 @@ def factor_product(factors: tuple[Factors | None, ...]) -> NDArray[np.float64] |
 def selector(axes: tuple[NDArray[np.integer] | None, ...], shape: tuple[int, ...]) -> Selector:
     """What to index an array of `shape` with to reach the coordinates that `axes` select (None = whole axis).
 
-    Whole axes before the first selected one and after the last stay slices, which NumPy copies fastest; those in
-    between must become index arrays, because NumPy moves separated index arrays' axes to the front.
+    Whole axes and runs without a gap are slices, which NumPy copies fastest, except between two axes that are index
+    arrays: there they must be arrays too, because NumPy moves separated index arrays' axes to the front.
     """
-    chosen = [axis for axis, indices in enumerate(axes) if indices is not None]
-    if not chosen:
-        return tuple(slice(None) for _ in shape)
-    between = range(chosen[0], chosen[-1] + 1)
-    pairs = [(axes[axis], shape[axis]) for axis in between]
-    grids = np.ix_(*(np.arange(length) if indices is None else indices.astype(np.intp) for indices, length in pairs))
-    return (*(slice(None) for _ in range(chosen[0])), *grids)
+    chosen: list[slice | NDArray[np.intp]] = [_run(indices) for indices in axes]
+    arrays = [axis for axis, one in enumerate(chosen) if not isinstance(one, slice)]
+    if arrays:
+        between = range(arrays[0], arrays[-1] + 1)
+        grids = np.ix_(*(np.arange(shape[axis])[chosen[axis]] for axis in between))
+        chosen[arrays[0] : arrays[-1] + 1] = grids
+    return tuple(chosen)
+
+
+def _run(indices: NDArray[np.integer] | None) -> slice | NDArray[np.intp]:
+    """A slice where increasing indices leave nothing out."""
+    if indices is None:
+        return slice(None)
+    if len(indices) and indices[-1] - indices[0] == len(indices) - 1:
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return indices.astype(np.intp)
 
 
 Shape = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_AXES)]
@@ -319,7 +329,7 @@ def read_index_map(path: Path) -> IndexMap:
     return IndexMap(record.checkpoint, tensors, buffers, rewrites)
 
 
-def check_against(index_map: IndexMap, file: SafetensorsFile) -> None:
+def check_against(index_map: IndexMap, file: Tensors) -> None:
     """Check that the map's tensors are those of the global checkpoint `file`, with the same shapes and dtypes.
 
     Integer and boolean tensors of the checkpoint may be absent from the map; every float tensor must be there.

@@ -21,6 +21,7 @@ from cahfp_cli.errors import InputError
 
 OURS = ("submodel.safetensors", "report.json", "model.safetensors.index.json")
 MAX_CLAIMS = 100
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what only writing fails with
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2 in linux/fs.h
 _AT_FDCWD = -100
 
@@ -62,19 +63,21 @@ def atomic_file(path: Path, force: bool = False) -> Iterator[Path]:
 
     A link is followed: the file it points to is replaced.
 
-    Raises: InputError: `path` exists without `force` or is not a regular file; its folder is missing or unwritable.
+    Raises: InputError: `path` exists without `force` or is not a regular file; its folder is missing or unwritable; the
+        disk is full (also where the block runs into that).
     """
     target = check_file_target(path, force)
     remove_leftovers(target)
     temporary, lock = _claim(target, folder=False)
     try:
-        yield temporary
-        _fsync(temporary)
-        if force:
-            temporary.replace(target)
-        else:
-            _rename_new(temporary, target)
-        _fsync(target.parent)
+        with _full_disk_explained(path):
+            yield temporary
+            _fsync(temporary)
+            if force:
+                temporary.replace(target)
+            else:
+                _rename_new(temporary, target)
+            _fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(lock)
@@ -87,27 +90,43 @@ def atomic_directory(path: Path, force: bool = False) -> Iterator[Path]:
     With `force` an existing folder is replaced as a whole, if it is empty or one of ours (it holds one of OURS) and
     neither the working folder nor the home folder lies in it.
 
-    Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable.
+    Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable; the
+        disk is full (also where the block runs into that).
     """
     target = check_folder_target(path, force)
     _restore(target)
     remove_leftovers(target)
     temporary, lock = _claim(target, folder=True)
     try:
-        yield temporary
-        for folder, _, files in os.walk(temporary):
-            for name in files:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        if force and target.exists():
-            _check_replaceable(path, target)
-            _replace_folder(temporary, target)
-        else:
-            _rename_new(temporary, target)
-        _fsync(target.parent)
+        with _full_disk_explained(path):
+            yield temporary
+            for folder, _, files in os.walk(temporary):
+                for name in files:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            if force and target.exists():
+                _check_replaceable(path, target)
+                _replace_folder(temporary, target)
+            else:
+                _rename_new(temporary, target)
+            _fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after an exchange, this is the old folder
         os.close(lock)
+
+
+@contextmanager
+def _full_disk_explained(path: Path) -> Iterator[None]:
+    """The system's error names at most the temporary file, which is gone by the time that anyone reads it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"cannot write {path} ({error.strerror}); what was there before is unchanged.\n"
+            "Free some space, raise the limit on the size of files, or name an output elsewhere."
+        ) from error
 
 
 def remove_leftovers(target: Path) -> None:

@@ -27,7 +27,8 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
 MAX_AXES = 32
-MAX_TENSOR_BYTES = 2**62
+MAX_SIZE = 2**62
+"""Of a length, an offset, or a tensor in bytes: more than any machine holds, and few enough digits for a message."""
 _NO_PICKLES = "is a zip archive or a pickle, and pickles are not read here: save the weights as safetensors"
 
 
@@ -154,14 +155,18 @@ class SafetensorsFile:
             os.close(handle)
 
 
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path, max_bytes: int | None = None) -> SafetensorsFile:
     """Open `path` and validate its header completely; the elements are not read.
 
+    Args: max_bytes: the most that a sound file can have; a larger one is refused before any of it is read, because
+        JSON takes 20 times its size once it is parsed.
     Raises: InputError: no regular file, not safetensors (a pickle is named as such), or a header that is damaged or
         lies: bad JSON, dtypes, shapes, or offsets that overlap, leave gaps or do not end with the file.
     """
     handle, status = _open(path)
     try:
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise InputError(f"{path}: it has {status.st_size} bytes, but a sound one has at most {max_bytes}.")
         tensors, metadata = _header(path, handle, status.st_size)
     except BaseException:
         os.close(handle)
@@ -253,12 +258,12 @@ def _tensor(name: str, entry: Any, data: int, size: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {shown(name)} has dtype {shown(str(dtype))}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(is_size, shape)) or len(shape) > MAX_AXES:
-        raise ValueError(f"tensor {shown(name)} must have a shape of at most {MAX_AXES} non-negative integers")
+        raise ValueError(f"tensor {shown(name)} must have a shape of at most {MAX_AXES} integers from 0 to 2^62")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        raise ValueError(f"tensor {shown(name)} must have two non-negative integers as data_offsets")
+        raise ValueError(f"tensor {shown(name)} must have two integers from 0 to 2^62 as data_offsets")
     itemsize = DTYPES[dtype].itemsize
     # NumPy multiplies the non-zero lengths even when one of the others is 0.
-    if math.prod(filter(None, shape)) * itemsize > MAX_TENSOR_BYTES:
+    if math.prod(filter(None, shape)) * itemsize > MAX_SIZE:
         raise ValueError(f"tensor {shown(name)} is larger than any machine can hold")
     start, end = (data + offset for offset in offsets)
     if end > size:
@@ -272,8 +277,8 @@ def _tensor(name: str, entry: Any, data: int, size: int) -> TensorInfo:
 
 
 def is_size(value: object) -> bool:
-    """Whether a JSON value is a non-negative integer (and not a boolean, which Python counts as one)."""
-    return type(value) is int and value >= 0
+    """Whether a JSON value is an integer from 0 to MAX_SIZE (and not a boolean, which Python counts as one)."""
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def check_name(name: str) -> None:

@@ -164,3 +164,16 @@ def test_leftovers_of_killed_writers_are_removed_and_those_of_living_ones_are_no
         for writer in writers:
             writer.kill()
             writer.communicate()
+
+
+@pytest.mark.parametrize("number", sorted(atomic.NO_ROOM))
+def test_a_full_disk_is_an_input_error_that_names_the_output_and_leaves_the_old_one(tmp_path, number):
+    (tmp_path / "x").write_text("old")
+    submodel(tmp_path / "d", "old")
+    for writer, path in ((atomic_file, tmp_path / "x"), (atomic_directory, tmp_path / "d")):
+        with pytest.raises(InputError) as error, writer(path, force=True):
+            raise OSError(number, os.strerror(number))
+        assert f"cannot write {path} ({os.strerror(number)})" in str(error.value)
+        assert str(error.value).count("\n") == 1
+    assert (tmp_path / "x").read_text() == (tmp_path / "d" / "report.json").read_text() == "old"
+    assert names(tmp_path) == ["d", "x"]

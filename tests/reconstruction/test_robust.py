@@ -165,9 +165,9 @@ def test_the_servers_step_is_that_of_heavy_ball_momentum(tmp_path):
 
 def test_steps_that_make_no_sense_are_refused(tmp_path):
     it = fleet(tmp_path, 9, 1)
-    for given in ((0.0, 0.0, None), (1.0, 1.0, None), (1.0, 0.5, None), (1.0, 0.0, it.checkpoint)):
+    for numbers in ((0.0, 0.0, None), (1.0, 1.0, None), (1.0, 0.5, None), (1.0, 0.0, it.checkpoint)):
         with pytest.raises(UsageError, match=r"--server-"):
-            Step(*given)
+            Step(*numbers)
     save_global(tmp_path / "other.safetensors", {"w": np.zeros(3, np.float32)})
     with pytest.raises(InputError, match="its tensors are not those"):
         merge(it, step=Step(1.0, 0.5, tmp_path / "other.safetensors"))

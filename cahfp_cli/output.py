@@ -34,15 +34,17 @@ class Console:
         sys.stderr.write(f"warning: {text}\n")
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Progress]:
-        """A progress bar on a terminal; silence in a pipe, in CI and with `--quiet`."""
+    def progress(self, label: str, of_bytes: bool = False) -> Iterator[Progress]:
+        """A progress bar on a terminal, of bytes with their rate; silence in a pipe, in CI and with `--quiet`."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda done, total: None
             return
         from rich.console import Console as RichConsole
         from rich.progress import Progress as RichProgress
+        from rich.progress import TransferSpeedColumn
 
-        with RichProgress(console=RichConsole(stderr=True), transient=True) as bar:
+        columns = [*RichProgress.get_default_columns(), *([TransferSpeedColumn()] if of_bytes else [])]
+        with RichProgress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 

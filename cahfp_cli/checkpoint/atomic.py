@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cahfp_cli.errors import InputError
 
-OURS = ("submodel.safetensors", "report.json")
+OURS = ("submodel.safetensors", "report.json", "model.safetensors.index.json")
 MAX_CLAIMS = 100
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what only writing fails with
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2 in linux/fs.h

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from cahfp_cli.checkpoint.dtypes import Array, dtype_code, raw_bytes
-from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
+from cahfp_cli.checkpoint.safetensors_file import TensorInfo
+from cahfp_cli.checkpoint.sharded import Tensors, open_checkpoint
 from cahfp_cli.errors import InputError
 
 BLOCK_BYTES = 1 << 20
@@ -26,18 +27,27 @@ def file_sha256(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
-def content_digest(checkpoint: Path | SafetensorsFile) -> str:
+def content_digest(checkpoint: Path | Tensors, on_block: Callable[[TensorInfo, Array], None] | None = None) -> str:
     """sha256 of the names, dtypes, shapes and elements of a checkpoint's tensors, in hexadecimal.
 
     Metadata and layout do not count, so that a re-saved file is the same checkpoint. Equals `arrays_digest` of the
     tensors.
 
+    Args: on_block: sees every block of rows on the way, for who wants to check it too.
     Raises: InputError: a path that is not a sound safetensors file.
     """
-    if isinstance(checkpoint, SafetensorsFile):
-        return _content_digest(checkpoint)
-    with open_safetensors(checkpoint) as file:
-        return _content_digest(file)
+    if isinstance(checkpoint, Path):
+        with open_checkpoint(checkpoint) as file:
+            return content_digest(file, on_block)
+    infos = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
+    digest = _table((info.name, info.dtype, info.shape) for info in infos)
+    for info in infos:
+        for first, last in row_blocks(info):
+            block = checkpoint.read_rows(info.name, first, last)
+            digest.update(raw_bytes(block))
+            if on_block is not None:
+                on_block(info, block)
+    return digest.hexdigest()
 
 
 def arrays_digest(arrays: Mapping[str, Array]) -> str:
@@ -52,17 +62,9 @@ def arrays_digest(arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _content_digest(file: SafetensorsFile) -> str:
-    infos = [file.tensors[name] for name in sorted(file.tensors)]
-    digest = _table((info.name, info.dtype, info.shape) for info in infos)
-    for info in infos:
-        for first, last in row_blocks(info):
-            digest.update(raw_bytes(file.read_rows(info.name, first, last)))
-    return digest.hexdigest()
-
-
-def row_blocks(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> list[tuple[int, int]]:
-    """Ranges of rows, each of about `block_bytes` and at least one row, that make up the tensor."""
+def row_blocks(info: TensorInfo, block_bytes: int | None = None) -> list[tuple[int, int]]:
+    """Ranges of rows, each of about `block_bytes` (`BLOCK_BYTES`) and at least one row, that make up the tensor."""
+    block_bytes = block_bytes or BLOCK_BYTES
     step = max(1, block_bytes * info.rows // max(1, info.nbytes))
     return [(first, min(first + step, info.rows)) for first in range(0, info.rows, step)] if info.nbytes else []
 

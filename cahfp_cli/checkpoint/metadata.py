@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from cahfp_cli.checkpoint import strict_json
-from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 
@@ -81,7 +81,7 @@ def dump_metadata(record: Record) -> dict[str, str]:
     return {KEY: json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False), "format": "pt"}
 
 
-def read_metadata(file: SafetensorsFile, schema: type[RecordType]) -> RecordType:
+def read_metadata(file: Tensors, schema: type[RecordType]) -> RecordType:
     """The record of a file that one of our commands wrote.
 
     Raises: InputError: the file has no such record, or one that does not fit `schema` (the key at fault is named).
@@ -94,7 +94,7 @@ def read_metadata(file: SafetensorsFile, schema: type[RecordType]) -> RecordType
     return record
 
 
-def metadata_or_none(file: SafetensorsFile, schema: type[RecordType]) -> RecordType | None:
+def metadata_or_none(file: Tensors, schema: type[RecordType]) -> RecordType | None:
     """As `read_metadata`, but None for a file that is not one of ours.
 
     Raises: InputError: the file has a record that does not fit `schema`.

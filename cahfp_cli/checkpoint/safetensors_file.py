@@ -47,6 +47,11 @@ class TensorInfo:
         return self.end - self.start
 
     @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def rows(self) -> int:
         """Length of axis 0; a scalar counts as one row."""
         return self.shape[0] if self.shape else 1
@@ -110,6 +115,18 @@ class SafetensorsFile:
         row_bytes = info.nbytes // info.rows if info.rows else 0
         return self._elements(info, info.start + first * row_bytes, (last - first, *info.shape[1:]))
 
+    def read_header(self) -> bytes:
+        """Everything before the first element: the header's length and the header.
+
+        Raises: InputError: the file is no longer what was validated.
+        """
+        size = min((info.start for info in self.tensors.values()), default=self._identity[2])
+        with self._descriptor() as handle:
+            header = bytearray(size)
+            if not _read_into(handle, memoryview(header), 0):
+                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+        return bytes(header)
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise InputError(f"{self.path}: it has no tensor {shown(name)}.")
@@ -138,18 +155,14 @@ class SafetensorsFile:
             os.close(handle)
 
 
-def open_safetensors(path: Path, max_bytes: int | None = None) -> SafetensorsFile:
+def open_safetensors(path: Path) -> SafetensorsFile:
     """Open `path` and validate its header completely; the elements are not read.
 
-    Args: max_bytes: the most that a sound file can have; a larger one is refused before any of it is read, because
-        JSON takes 20 times its size once it is parsed.
     Raises: InputError: no regular file, not safetensors (a pickle is named as such), or a header that is damaged or
         lies: bad JSON, dtypes, shapes, or offsets that overlap, leave gaps or do not end with the file.
     """
     handle, status = _open(path)
     try:
-        if max_bytes is not None and status.st_size > max_bytes:
-            raise InputError(f"{path}: it has {status.st_size} bytes, but a sound one has at most {max_bytes}.")
         tensors, metadata = _header(path, handle, status.st_size)
     except BaseException:
         os.close(handle)

@@ -1,8 +1,9 @@
 """`cahfp reconstruct`: merge what the devices trained back into the global checkpoint."""
 
+import json as json_text
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,21 +12,30 @@ from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
 if TYPE_CHECKING:
-    from cahfp_cli.reconstruction.merge import ReconstructionReport
+    from cahfp_cli.reconstruction.report import ReconstructionReport
 
 
 def reconstruct(
-    global_checkpoint: Annotated[Path, typer.Argument(metavar="GLOBAL", help="Checkpoint that was pruned.")],
-    submodels: Annotated[list[Path], typer.Argument(metavar="SUBMODEL_DIR...", help="One folder for each client.")],
+    global_checkpoint: Annotated[
+        Path, typer.Argument(metavar="GLOBAL", help="Checkpoint that was pruned: a file, or an index of shards.")
+    ],
+    submodels: Annotated[
+        list[Path], typer.Argument(metavar="SUBMODEL_DIR...", help="One folder for each client, or partial aggregates.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint to write, OUT.safetensors.")],
     rule: Annotated[
         str,
         typer.Option(
             "--rule",
             help="fill: complete each client with GLOBAL, then average. "
-            "covered: average each coordinate over the clients that hold it.",
+            "covered: average each coordinate over the clients that hold it. "
+            "curvature: as covered, weighed by the clients' curvature. "
+            "trimmed-mean, median: of the clients that hold a coordinate, each counting the same.",
         ),
     ] = "fill",
+    trim: Annotated[
+        float | None, typer.Option("--trim", help="Share that trimmed-mean leaves out at each end; 0.2 unless given.")
+    ] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,40 +51,125 @@ def reconstruct(
             help="Merge the compensated weights as they are, instead of taking out what made up for removed groups.",
         ),
     ] = False,
+    maps: Annotated[
+        Path | None,
+        typer.Option("--maps", help="Folder of the server's own index maps; the clients' copies are not read."),
+    ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out clients that do not pass the checks, and report them.")
+    ] = False,
+    min_clients: Annotated[int, typer.Option("--min-clients", min=1, help="Fewer that pass are an error.")] = 1,
+    max_examples: Annotated[
+        float | None, typer.Option("--max-examples", help="Refuse a client that claims more examples.")
+    ] = None,
+    max_update: Annotated[
+        float | None,
+        typer.Option("--max-update", help="Refuse a client whose weights moved by more than so many times their norm."),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            "--clip",
+            metavar="X|median",
+            help="Shrink updates to X times the norm of the weights before, or to the median of the clients.",
+        ),
+    ] = None,
+    server_lr: Annotated[
+        float, typer.Option("--server-lr", help="How far to go from GLOBAL to what was merged.")
+    ] = 1.0,
+    server_momentum: Annotated[
+        float, typer.Option("--server-momentum", help="Share of the last round's step to add; needs --before.")
+    ] = 0.0,
+    before: Annotated[
+        Path | None, typer.Option("--before", help="The global checkpoint of the round before, for --server-momentum.")
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Write a partial aggregate, OUT.partial.safetensors, to be merged further up."),
+    ] = False,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write a JSON report: clients, updates, coverage of each tensor.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the same as a page with bars.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads to use.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Merge client submodels back into one global checkpoint."""
+    from cahfp_cli.checkpoint.atomic import check_file_target
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction import merge
     from cahfp_cli.reconstruction.rules import rule_named
 
     console = Console(json=json, quiet=quiet)
-    rule_named(rule)
-    weights = _weights(weight or [])
-    options: dict[str, Any] = {"rule": rule}
-    if weights:
-        options["weights"] = sorted([folder.resolve().name, number] for folder, number in weights.items())
-    if keep_compensation:
-        options["keep_compensation"] = True
-    with console.progress("merging") as progress:
+    rule_named(rule, trim)
+    step = merge.Step(server_lr, server_momentum, before)
+    for path in (report_file, html):
+        if path is not None:
+            check_file_target(path, force)
+    with console.progress("merging", of_bytes=True) as progress:
         report = merge.reconstruct(
             global_checkpoint,
             submodels,
             output,
             rule=rule,
-            weights=weights,
+            trim=trim,
+            weights=_weights(weight or []),
             keep_compensation=keep_compensation,
+            skip_invalid=skip_invalid,
+            min_clients=min_clients,
+            maps=maps,
+            max_examples=max_examples,
+            max_update=max_update,
+            clip=_clip(clip),
+            step=step,
+            partial=partial,
+            audit=report_file is not None or html is not None,
+            threads=threads,
             force=force,
-            provenance=provenance("reconstruct", options, [global_checkpoint, *submodels]),
+            provenance=provenance("reconstruct", _options(rule, trim, keep_compensation, clip, step, partial), []),
             on_progress=progress,
             dry_run=dry_run,
         )
     for warning in report.warnings:
         console.warn(warning)
-    console.result(_human(report), _machine(report))
+    for client in report.refused:
+        console.warn(f"left out: {client.reason}")
+    if not dry_run:
+        _write_reports(report, report_file, html, force)
+    console.result(_human(report), report.as_json())
+
+
+def _options(
+    rule: str, trim: float | None, keep_compensation: bool, clip: str | None, step: Any, partial: bool
+) -> dict[str, Any]:
+    """What is recorded: everything that the result depends on and that its inputs do not say, unless it is default."""
+    from cahfp_cli.checkpoint.digest import file_sha256
+
+    options: dict[str, Any] = {"rule": rule}
+    given = {
+        "trim": trim,
+        "keep_compensation": keep_compensation or None,
+        "clip": clip,
+        "server_lr": step.rate if step.rate != 1 else None,
+        "server_momentum": step.momentum or None,
+        "before": file_sha256(step.before) if step.before is not None and step.before.is_file() else None,
+        "partial": partial or None,
+    }
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def _clip(text: str | None) -> float | Literal["median"] | None:
+    if text is None:
+        return None
+    if text == "median":
+        return "median"
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--clip {text}: give a number above 0, or median.") from None
 
 
 def _weights(given: Sequence[str]) -> dict[Path, float]:
@@ -93,30 +188,27 @@ def _weights(given: Sequence[str]) -> dict[Path, float]:
     return weights
 
 
+def _write_reports(report: "ReconstructionReport", file: Path | None, html: Path | None, force: bool) -> None:
+    from cahfp_cli.checkpoint.atomic import atomic_file
+
+    if file is not None:
+        with atomic_file(file, force) as temporary:
+            temporary.write_text(json_text.dumps(report.in_full(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    if html is not None:
+        from cahfp_cli.plots.coverage import coverage_page
+
+        with atomic_file(html, force) as temporary:
+            temporary.write_text(coverage_page(report))
+
+
 def _human(report: "ReconstructionReport") -> str:
-    rows = [[str(client.folder), f"{client.num_examples:g}", f"{client.kept:.1%}"] for client in report.clients]
+    rows = [[str(client.path), f"{client.num_examples:g}", f"{client.kept:.1%}"] for client in report.clients]
     entries = report.coverage
     total = max(1, entries.none + entries.some + entries.all)
     shares = ", ".join(
         f"{count / total:.1%} by {who}"
         for count, who in ((entries.all, "all clients"), (entries.some, "some"), (entries.none, "none"))
     )
-    outcome = f"wrote {report.output}" if report.digest else f"all fits; not written (--dry-run): {report.output}"
+    outcome = f"wrote {report.output}" if report.written else f"all fits; not written (--dry-run): {report.output}"
     rule = f"rule: {report.rule}" + (", compensation kept" if report.keep_compensation else "")
     return "\n".join([table(["client", "examples", "kept"], rows), "", f"entries held: {shares}", rule, outcome])
-
-
-def _machine(report: "ReconstructionReport") -> dict[str, Any]:
-    return {
-        "output": str(report.output),
-        "written": report.digest is not None,
-        "rule": report.rule,
-        "keep_compensation": report.keep_compensation,
-        "digest": report.digest,
-        "clients": [
-            {"folder": str(client.folder), "num_examples": client.num_examples, "kept": client.kept}
-            for client in report.clients
-        ],
-        "coverage": {"none": report.coverage.none, "some": report.coverage.some, "all": report.coverage.all},
-        "warnings": list(report.warnings),
-    }

@@ -5,4 +5,5 @@ INDEX_MAP = "index_map.safetensors"
 ONNX = "model.onnx"
 QUANTISED = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 REPORT = "report.json"
+CURVATURE = "curvature.safetensors"
 FILES = (TENSORS, INDEX_MAP, ONNX, *QUANTISED.values(), REPORT)

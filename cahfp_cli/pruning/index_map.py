@@ -20,6 +20,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import MAX_AXES, MAX_SIZE, SafetensorsFile, open_safetensors
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.rewrites import Rewrite
@@ -32,8 +33,6 @@ Selector = tuple[slice | NDArray[np.intp], ...]
 INDEX, FACTOR = "index", "factor"
 LEAST_FACTOR = 2.0**-6
 """All factors of an entry together are within this and its inverse: what a client changed is divided by them."""
-ROOM_BYTES = 1 << 18
-AXIS_BYTES, ENTRY_BYTES = 200, 8  # two arrays in the header; an int32 and a float32
 STATISTICS = frozenset({"running_mean", "running_var"})
 
 
@@ -171,16 +170,25 @@ def factor_product(factors: tuple[Factors | None, ...]) -> NDArray[np.float64] |
 def selector(axes: tuple[NDArray[np.integer] | None, ...], shape: tuple[int, ...]) -> Selector:
     """What to index an array of `shape` with to reach the coordinates that `axes` select (None = whole axis).
 
-    Whole axes before the first selected one and after the last stay slices, which NumPy copies fastest; those in
-    between must become index arrays, because NumPy moves separated index arrays' axes to the front.
+    Whole axes and runs without a gap are slices, which NumPy copies fastest, except between two axes that are index
+    arrays: there they must be arrays too, because NumPy moves separated index arrays' axes to the front.
     """
-    chosen = [axis for axis, indices in enumerate(axes) if indices is not None]
-    if not chosen:
-        return tuple(slice(None) for _ in shape)
-    between = range(chosen[0], chosen[-1] + 1)
-    pairs = [(axes[axis], shape[axis]) for axis in between]
-    grids = np.ix_(*(np.arange(length) if indices is None else indices.astype(np.intp) for indices, length in pairs))
-    return (*(slice(None) for _ in range(chosen[0])), *grids)
+    chosen: list[slice | NDArray[np.intp]] = [_run(indices) for indices in axes]
+    arrays = [axis for axis, one in enumerate(chosen) if not isinstance(one, slice)]
+    if arrays:
+        between = range(arrays[0], arrays[-1] + 1)
+        grids = np.ix_(*(np.arange(shape[axis])[chosen[axis]] for axis in between))
+        chosen[arrays[0] : arrays[-1] + 1] = grids
+    return tuple(chosen)
+
+
+def _run(indices: NDArray[np.integer] | None) -> slice | NDArray[np.intp]:
+    """A slice where increasing indices leave nothing out."""
+    if indices is None:
+        return slice(None)
+    if len(indices) and indices[-1] - indices[0] == len(indices) - 1:
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return indices.astype(np.intp)
 
 
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
@@ -278,16 +286,14 @@ def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> 
     save_arrays(path, arrays, dump_metadata(record))
 
 
-def read_index_map(path: Path, checkpoint: SafetensorsFile | None = None) -> IndexMap:
+def read_index_map(path: Path) -> IndexMap:
     """Read and validate a map.
 
-    Args: checkpoint: a global checkpoint that the map is to belong to (`check_against` tells whether it does): a file
-        larger than any map of it is refused before it is decoded.
     Raises: InputError: not a sound safetensors file, a table that does not fit the schema, references to arrays that
         are not there, indices that are not int32, one-dimensional, strictly increasing and within their axis, or
         factors that are not float32, within their bounds and of a weight.
     """
-    with open_safetensors(path, None if checkpoint is None else most_bytes(checkpoint)) as file:
+    with open_safetensors(path) as file:
         record = read_metadata(file, IndexMapMetadata)
         arrays = _read_arrays(file)
     tensors: dict[str, TensorMap] = {}
@@ -324,15 +330,7 @@ def read_index_map(path: Path, checkpoint: SafetensorsFile | None = None) -> Ind
     return IndexMap(record.checkpoint, tensors, buffers, rewrites)
 
 
-def most_bytes(checkpoint: SafetensorsFile) -> int:
-    """More bytes than a map of `checkpoint` has: each axis of each tensor with its own indices and factors, a table
-    like the checkpoint's header with all quotes escaped, and room for provenance, buffers and rewrites."""
-    header = min((info.start for info in checkpoint.tensors.values()), default=0)
-    lengths = [length for info in checkpoint.tensors.values() for length in info.shape]
-    return ROOM_BYTES + 4 * header + sum(AXIS_BYTES + ENTRY_BYTES * length for length in lengths)
-
-
-def check_against(index_map: IndexMap, file: SafetensorsFile) -> None:
+def check_against(index_map: IndexMap, file: Tensors) -> None:
     """Check that the map's tensors are those of the global checkpoint `file`, with the same shapes and dtypes.
 
     Integer and boolean tensors of the checkpoint may be absent from the map; every float tensor must be there.

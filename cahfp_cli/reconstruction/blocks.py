@@ -1,18 +1,18 @@
 """Bring the clients' rows together with the matching rows of the global checkpoint, a block at a time."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.checkpoint.dtypes import Array
-from cahfp_cli.checkpoint.strict_json import shown
-from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.index_map import Factors, Selector, selector
 from cahfp_cli.reconstruction.clients import Client
-from cahfp_cli.reconstruction.rules import Floats, Rule, Sums
+from cahfp_cli.reconstruction.rules import Floats
+
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Block:
 class Part:
     """What one client has of a block: rows `first`..`last` - 1 of its own tensor go to `places` of the block.
 
-    `factors` are those of these rows, per axis; empty where nothing was compensated.
+    `factors` are those of these rows, per axis; empty where nothing was compensated. A partial aggregate has a `weight`
+    for each coordinate, as an array that broadcasts against what it brings, and 0 where none of its clients is.
     """
 
     client: Client
@@ -42,13 +43,14 @@ class Part:
     axes: tuple[NDArray[np.integer] | None, ...]
     factors: tuple[Factors | None, ...]
     places: Selector
+    weight: float | Floats
 
     def read(self, name: str) -> Array:
-        return self.client.file.read_rows(name, self.first, self.last)
+        return self.client.tensors.read_rows(name, self.first, self.last)
 
 
 def parts_of(block: Block, clients: Sequence[Client]) -> Iterator[Part]:
-    """The parts of a block, one for each client that holds the tensor, in the clients' order."""
+    """The parts of a block, one for each client that holds some of it, in the clients' order."""
     for client in clients:
         if not client.covers(block.name):
             continue
@@ -60,87 +62,102 @@ def parts_of(block: Block, clients: Sequence[Client]) -> Iterator[Part]:
             axes = (axes[0][first:last] - block.first, *axes[1:])
         if factors and factors[0] is not None:
             factors = (factors[0][first:last], *factors[1:])
-        yield Part(client, first, last, axes, factors, selector(axes, block.block_shape))
+        if last > first:
+            weight = client.weights_of(block.name, first, last)
+            yield Part(client, first, last, axes, factors, selector(axes, block.block_shape), weight)
 
 
-def coverage(block: Block, parts: Sequence[Part]) -> tuple[Floats, NDArray[np.int64]]:
-    """Per coordinate, the summed weight and the number of the clients that cover it.
+class Holders:
+    """Which clients hold each coordinate of one tensor: of a block, the summed weight and the number of them.
 
-    Axes on which every client has the whole length have length 1 here: the same holds all along them.
+    Columns that the same clients hold are counted once: along each axis but the first, coordinates fall into classes
+    of equal holders. With a few clients, these are far fewer than columns.
     """
-    reduced = tuple(
-        1 if all(part.axes[axis] is None for part in parts) else length for axis, length in enumerate(block.block_shape)
-    )
-    weight, count = np.zeros(reduced), np.zeros(reduced, np.int64)
-    for part in parts:
-        held = np.ones([1] * len(reduced), np.bool_)
-        for axis, indices in enumerate(part.axes):
+
+    def __init__(self, name: str, shape: tuple[int, ...], clients: Sequence[Client]) -> None:
+        self._holding = [client for client in clients if client.covers(name)]
+        self._maps = [client.index_map.tensors[name].axes for client in self._holding]
+        self._name, self._shape = name, shape
+        self._uniform = not any(client.by_coordinate for client in self._holding)
+        self._classes = [self._classes_along(axis) for axis in range(1, len(shape))]
+
+    def _classes_along(self, axis: int) -> NDArray[np.intp] | None:
+        """The class of each coordinate along an axis; None where all clients have the whole axis."""
+        if not self._uniform:
+            return np.arange(self._shape[axis])
+        if all(axes[axis] is None for axes in self._maps):
+            return None
+        held = np.ones((self._shape[axis], len(self._maps)), np.bool_)
+        for number, axes in enumerate(self._maps):
+            indices = axes[axis]
             if indices is not None:
-                along = np.zeros(reduced[axis], np.bool_)
-                along[indices] = True
-                held = held & along.reshape([-1 if other == axis else 1 for other in range(len(reduced))])
-        weight += part.client.weight * held
-        count += held
-    return weight, count
+                held[:, number] = False
+                held[indices, number] = True
+        packed = np.ascontiguousarray(np.packbits(held, axis=1))
+        keys = packed.view(np.dtype((np.void, packed.shape[1]))).reshape(-1)
+        return np.asarray(np.unique(keys, return_inverse=True)[1].reshape(-1))
 
+    @cached_property
+    def _held_classes(self) -> list[list[NDArray[np.intp] | None]]:
+        """Per client and axis but the first, the classes that it holds."""
+        return [
+            [
+                None if classes is None or indices is None else np.unique(classes[indices])
+                for classes, indices in zip(self._classes, axes[1:], strict=True)
+            ]
+            for axes in self._maps
+        ]
 
-def merge_floats(
-    block: Block,
-    previous: Floats,
-    values: Callable[[Part], Floats],
-    clients: Sequence[Client],
-    rule: Rule,
-) -> Floats:
-    """Merge one block of a float tensor.
+    @cached_property
+    def _sizes(self) -> Counts:
+        """How many coordinates of a row one class stands for, of the shape of a row of `of`."""
+        sizes = np.ones([1] * len(self._classes), np.int64)
+        for axis, classes in enumerate(self._classes):
+            own = np.array([self._shape[axis + 1]]) if classes is None else np.bincount(classes)
+            sizes = sizes * own.reshape([-1 if other == axis else 1 for other in range(len(self._classes))])
+        return sizes
 
-    Args: previous: the global checkpoint's values, of the block's shape; values: what a part brings, of its shape.
-    Returns: float64, of the block's shape. Where no client covers a coordinate it is `previous`; where all that have
-        a part in the result have the same bits, it is those bits, which arithmetic alone would not give for F64.
-    """
-    # A power of two changes no digit, and keeps the sums of the largest numbers from overflowing.
-    scale = math.ldexp(1.0, -math.frexp(sum(client.weight for client in clients))[1])
-    parts = list(parts_of(block, clients))
-    weight, count = coverage(block, parts)
-    weighted = np.full(block.block_shape, -0.0)  # what leaves every number as it is when added, also -0.0
-    agreed = np.full(block.block_shape, np.nan)  # NaN: not seen yet; values are finite
-    unanimous = np.ones(block.block_shape, np.bool_)
-    for part in parts:
-        value = values(part)
-        weighted[part.places] += part.client.weight * scale * value
-        before = agreed[part.places]
-        unanimous[part.places] &= np.isnan(before) | _same_bits(before, value)
-        agreed[part.places] = value
-    total = float(sum(client.weight for client in clients))
-    missing = np.where(count == len(clients), 0.0, total - weight)
-    if rule.previous_counts:
-        unanimous &= (count == len(clients)) | _same_bits(agreed, previous)
-    merged = rule.merge(Sums(previous, weighted, weight * scale, missing * scale, total * scale))
-    return np.where(count > 0, np.where(unanimous, agreed, merged), previous)
+    def of(self, block: Block) -> tuple[Floats, Counts]:
+        """Summed weight and number of the holders, by row and class; `spread` gives each coordinate its own."""
+        rows = block.block_shape[:1]
+        lengths = [1 if classes is None else int(classes.max(initial=-1)) + 1 for classes in self._classes]
+        weight, count = np.zeros((*rows, *lengths)), np.zeros((*rows, *lengths), np.int64)
+        if not self._uniform:
+            for part in parts_of(block, self._holding):
+                weight[part.places] += part.weight
+                count[part.places] += part.client.counts_of(block.name, part.first, part.last)
+            return weight, count
+        for client, axes, classes in zip(self._holding, self._maps, self._held_classes, strict=True):
+            if axes:
+                own = axes[0]
+                inside = None if own is None else own[slice(*np.searchsorted(own, [block.first, block.last]))]
+                places = selector((None if inside is None else inside - block.first, *classes), weight.shape)
+            else:
+                places = ()
+            weight[places] += client.weight
+            count[places] += 1
+        return weight, count
 
+    @property
+    def same_rows(self) -> bool:
+        """Whether all rows have the same holders."""
+        return self._uniform and all(axes and axes[0] is None for axes in self._maps)
 
-def merge_integers(block: Block, previous: Array, clients: Sequence[Client]) -> Array:
-    """Merge one block of an integer or boolean tensor: a batch counter becomes the largest of the covering clients';
-    anything else must be the same at all clients that cover it. Where no client does, the previous value stays.
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of a row of what `spread` gives: 1 along axes where all coordinates have the same holders."""
+        pairs = zip(self._classes, self._shape[1:], strict=True)
+        return tuple(1 if classes is None else length for classes, length in pairs)
 
-    Raises: InputError: clients differ.
-    """
-    merged = previous.copy()
-    seen = np.zeros(block.block_shape, np.bool_)
-    is_counter = block.name.rpartition(".")[2] == "num_batches_tracked"
-    for part in parts_of(block, clients):
-        value = part.read(block.name)
-        before, was_seen = merged[part.places], seen[part.places]
-        if is_counter:
-            value = np.where(was_seen, np.maximum(before, value), value)
-        elif np.any(was_seen & (before != value)):
-            raise InputError(
-                f"{part.client.file.path}: integer tensor {shown(block.name)} differs from another client's, and "
-                "integers are not averaged.\nMake them equal, or leave one of the clients out."
-            )
-        merged[part.places] = value
-        seen[part.places] = True
-    return merged
+    def spread(self, by_class: Array) -> Array:
+        """From rows and classes to something that broadcasts against the block."""
+        for axis, classes in enumerate(self._classes, 1):
+            if classes is not None:
+                by_class = np.take(by_class, classes, axis=axis)
+        return by_class
 
-
-def _same_bits(left: Floats, right: Floats) -> NDArray[np.bool_]:
-    return np.asarray(left.view(np.int64) == right.view(np.int64))
+    def histogram(self, block: Block) -> Counts:
+        """How many coordinates of the block 0, 1, 2, ... clients hold."""
+        _, count = self.of(block)
+        sizes = np.broadcast_to(self._sizes if self._shape else np.int64(1), count.shape)
+        return np.bincount(count.reshape(-1), weights=sizes.reshape(-1)).astype(np.int64)  # exact below 2^53

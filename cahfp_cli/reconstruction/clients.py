@@ -1,26 +1,24 @@
-"""Read what each client sent back, and check it completely against the global checkpoint, before anything is written.
-
-A submodel folder holds `submodel.safetensors` and `index_map.safetensors`, and may hold `report.json`.
-"""
+"""Who takes part in a reconstruction, and with which weight: submodel folders and partial aggregates."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cahfp_cli.checkpoint import strict_json
-from cahfp_cli.checkpoint.digest import content_digest, row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, raw_bytes
-from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
-from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, is_size, open_safetensors
-from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.checkpoint.dtypes import Array, raw_bytes
+from cahfp_cli.checkpoint.metadata import InputFile
+from cahfp_cli.checkpoint.safetensors_file import is_size
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.files import INDEX_MAP, REPORT, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, check_against, listed, read_index_map
+from cahfp_cli.pruning.files import REPORT, TENSORS
+from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
+from cahfp_cli.reconstruction.gate import read_upload
+from cahfp_cli.reconstruction.partial import Partial, read_partial
+from cahfp_cli.reconstruction.rules import Floats
 
 MAX_REPORT_BYTES = 16_000_000
 LEAST_WEIGHT, GREATEST_WEIGHT = 1e-9, 1e15  # sums and quotients of weights in this range neither overflow nor vanish
@@ -28,54 +26,158 @@ LEAST_WEIGHT, GREATEST_WEIGHT = 1e-9, 1e15  # sums and quotients of weights in t
 
 @dataclass(frozen=True)
 class Client:
-    """One validated submodel folder. `weight` is the client's n_k; `file` is closed and reopens itself to be read."""
+    """One that passed: a submodel folder, or a partial aggregate of several clients, at `path`.
 
-    folder: Path
+    weight: n_k, or the sum of those of an aggregate's clients. tensors: what it brings, closed and reopened to be read.
+    members: 1, or how many clients are aggregated. partial, curvature: what weighs it by coordinate. `inputs`: its
+    files, for the record. `shrink`: what its update is multiplied with, of weights and of running statistics.
+    """
+
+    path: Path
     weight: float
-    file: SafetensorsFile
+    tensors: Tensors
     index_map: IndexMap
     order: tuple[str, str, float]
     """Content before names, so that the result does not depend on how clients are listed or what they are called."""
+    inputs: tuple[InputFile, ...]
+    members: int = 1
+    partial: Partial | None = None
+    curvature: Curvature | None = None
+    shrink: tuple[float, float] = (1.0, 1.0)
 
     def covers(self, name: str) -> bool:
         return name in self.index_map.tensors
 
+    @property
+    def by_coordinate(self) -> bool:
+        """Whether it weighs differently from coordinate to coordinate."""
+        return self.partial is not None or self.curvature is not None
 
-def check_checkpoint(file: SafetensorsFile) -> None:
-    """Check the numbers of a global checkpoint.
+    def weights_of(self, name: str, first: int, last: int) -> float | Floats:
+        """Of rows of its tensor: one number, or float64 that broadcasts against the rows."""
+        if self.partial is not None:
+            return self.partial.weights(name, first, last)
+        if self.curvature is not None and self.curvature.weighs(name):
+            return self.weight * self.curvature.relative(name, first, last)
+        return self.weight
 
-    Raises: InputError: a float is NaN or infinite, or a running variance is negative.
-    """
-    _check_numbers(file)
+    def counts_of(self, name: str, first: int, last: int) -> int | Array:
+        """How many clients hold each coordinate of rows of its tensor: one number, or as `weights_of`."""
+        return self.members if self.partial is None else self.partial.counts(name, first, last)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A client that did not pass the gate, and why, in one line."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """skip_invalid: leave out who does not pass, instead of refusing to go on. min_clients: how many must pass. maps:
+    folder of the server's own index maps. max_examples: what a client may at most claim to have trained on."""
+
+    skip_invalid: bool = False
+    min_clients: int = 1
+    maps: Path | None = None
+    max_examples: float = GREATEST_WEIGHT
 
 
 def read_clients(
-    checkpoint: SafetensorsFile, digest: str, folders: Sequence[Path], weights: Mapping[Path, float]
-) -> tuple[list[Client], list[str]]:
-    """Read and check all clients; returns them in an order that depends on their content only, and warnings.
+    checkpoint: Tensors,
+    digest: str,
+    paths: Sequence[Path],
+    weights: Mapping[Path, float],
+    gate: Gate,
+    by_curvature: bool = False,
+) -> tuple[list[Client], list[Refusal], list[str]]:
+    """Read and check all clients; returns those that passed, in an order that depends on their content only, those
+    that did not, and warnings.
 
-    Args: digest: content digest of `checkpoint`; weights: by folder, what takes precedence over recorded num_examples.
-    Raises: UsageError: no folder, a folder twice, a weight for a folder not listed or one that is not a positive
-        number. InputError: a folder is not a sound submodel of `checkpoint`, or only some have a num_examples.
+    Args: digest: content digest of `checkpoint`. weights: by path, what takes precedence over recorded num_examples.
+        by_curvature: read the clients' curvature too.
+    Raises: UsageError: no client, one twice, a weight for one that is not listed, that is no positive number or of an
+        aggregate. InputError: without `skip_invalid`, a client is not a sound submodel of `checkpoint`, or only some
+        have a num_examples.
     """
-    _check_folders(folders)
-    given = _by_folder(folders, weights)
-    examples: dict[Path, float | None] = {}
-    parts = []
-    for folder in folders:
-        file, index_map, metadata = _read_client(checkpoint, digest, folder)
-        parts.append((folder, file, index_map))
-        examples[folder] = given.get(folder) or metadata.num_examples or _reported_examples(folder)
-        if (examples[folder] or 0) > GREATEST_WEIGHT:
-            raise InputError(
-                f"{folder}: its num_examples is larger than {GREATEST_WEIGHT:g}; pass --weight {folder}=N."
+    _check_paths(paths)
+    given = _by_path(paths, weights)
+    read: list[tuple[Client, float | None]] = []
+    refused: list[Refusal] = []
+
+    def refuse(path: Path, error: InputError) -> None:
+        if not gate.skip_invalid:
+            raise error
+        refused.append(Refusal(path, " ".join(str(error).split())))
+
+    for path in paths:
+        try:
+            read.append(_read(checkpoint, digest, path, given.get(path), gate, by_curvature))
+        except InputError as error:
+            refuse(path, error)
+    recorded = any(examples is not None for _, examples in read)
+    clients = []
+    for client, examples in read:
+        if recorded and examples is None:
+            refuse(
+                client.path,
+                InputError(
+                    f"{client.path}: it records no num_examples, while other clients do.\n"
+                    f"Pass --weight {client.path}=N with the number of examples that it was trained on."
+                ),
             )
-    found, warnings = _client_weights(examples)
-    clients = [
-        Client(folder, found[folder], file, index_map, (content_digest(file), _map_key(index_map), found[folder]))
-        for folder, file, index_map in parts
-    ]
-    return sorted(clients, key=lambda client: (client.order, str(client.folder))), warnings
+            continue
+        weight = 1.0 if examples is None else float(examples)
+        clients.append(weighing(client, weight))
+    warning = "no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."
+    warnings = [warning] if len(clients) > 1 and not recorded else []
+    return sorted(clients, key=lambda client: (client.order, str(client.path))), refused, warnings
+
+
+def weighing(client: Client, weight: float) -> Client:
+    """The client with this weight."""
+    return replace(client, weight=weight, order=(*client.order[:2], weight))
+
+
+def _read(
+    checkpoint: Tensors, digest: str, path: Path, given: float | None, gate: Gate, by_curvature: bool
+) -> tuple[Client, float | None]:
+    """One client, and the number of examples that it counts for, if that is known."""
+    if path.is_file():
+        if given is not None:
+            raise UsageError(f"--weight {path}: a partial aggregate has the weights of its clients.")
+        partial = read_partial(checkpoint, digest, path)
+        own = (InputFile(file=path.name, sha256=partial.sha256),)
+        client = Client(
+            path,
+            partial.weight,
+            partial,
+            partial.index_map,
+            (partial.sha256, "", 0.0),
+            own,
+            partial.members,
+            partial,
+        )
+        _check_examples(path, partial.weight, gate.max_examples * partial.members)
+        return client, partial.weight
+    upload = read_upload(checkpoint, digest, path, gate.maps)
+    examples = given or upload.metadata.num_examples or _reported_examples(path)
+    if given is None and examples is not None:
+        _check_examples(path, examples, gate.max_examples)
+    curvature = read_curvature(path, upload.file, upload.index_map) if by_curvature else None
+    name = path.resolve().name
+    inputs = tuple(InputFile(file=f"{name}/{file}", sha256=found) for file, found in sorted(upload.sha256.items()))
+    if curvature is not None:
+        inputs = (*inputs, InputFile(file=f"{name}/{curvature.file.path.name}", sha256=curvature.sha256))
+    order = (upload.sha256[TENSORS], _map_key(upload.index_map), 0.0)
+    return Client(path, 1.0, upload.file, upload.index_map, order, inputs, curvature=curvature), examples
+
+
+def _check_examples(path: Path, examples: float, most: float) -> None:
+    if examples > most:
+        raise InputError(f"{path}: its num_examples is larger than {most:g}; pass --weight {path}=N.")
 
 
 def _map_key(index_map: IndexMap) -> str:
@@ -93,41 +195,28 @@ def _map_key(index_map: IndexMap) -> str:
     return digest.hexdigest()
 
 
-def _check_folders(folders: Sequence[Path]) -> None:
-    if not folders:
+def _check_paths(paths: Sequence[Path]) -> None:
+    if not paths:
         raise UsageError("no submodel folder is given; name at least one.")
     seen: dict[Path, Path] = {}
-    for folder in folders:
-        first = seen.setdefault(folder.resolve(), folder)
-        if first is not folder:
-            raise UsageError(f"{folder}: this folder is listed twice; name each client once.")
+    for path in paths:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            raise UsageError(f"{path}: this folder is listed twice; name each client once.")
 
 
-def _by_folder(folders: Sequence[Path], weights: Mapping[Path, float]) -> dict[Path, float]:
-    listed_as = {folder.resolve(): folder for folder in folders}
+def _by_path(paths: Sequence[Path], weights: Mapping[Path, float]) -> dict[Path, float]:
+    listed_as = {path.resolve(): path for path in paths}
     result = {}
-    for folder, weight in weights.items():
-        if folder.resolve() not in listed_as:
-            raise UsageError(f"--weight names {folder}, which is not one of the submodel folders.")
+    for path, weight in weights.items():
+        if path.resolve() not in listed_as:
+            raise UsageError(f"--weight names {path}, which is not one of the submodel folders.")
         if not LEAST_WEIGHT <= weight <= GREATEST_WEIGHT:
             raise UsageError(
-                f"--weight {folder}={weight}: a weight is a number from {LEAST_WEIGHT:g} to {GREATEST_WEIGHT:g}."
+                f"--weight {path}={weight}: a weight is a number from {LEAST_WEIGHT:g} to {GREATEST_WEIGHT:g}."
             )
-        result[listed_as[folder.resolve()]] = float(weight)
+        result[listed_as[path.resolve()]] = float(weight)
     return result
-
-
-def _client_weights(examples: Mapping[Path, float | None]) -> tuple[dict[Path, float], list[str]]:
-    lacking = [folder for folder, count in examples.items() if count is None]
-    if len(lacking) == len(examples):
-        warning = "no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."
-        return dict.fromkeys(examples, 1.0), [warning] if len(examples) > 1 else []
-    if lacking:
-        raise InputError(
-            f"{lacking[0]}: it records no num_examples, while other clients do.\n"
-            f"Pass --weight {lacking[0]}=N with the number of examples that it was trained on."
-        )
-    return {folder: float(count) for folder, count in examples.items() if count is not None}, []
 
 
 def _reported_examples(folder: Path) -> int | None:
@@ -149,62 +238,3 @@ def _reported_examples(folder: Path) -> int | None:
     if count is not None and not (is_size(count) and count > 0):
         raise InputError(f"{path}: num_examples must be a positive integer; pass --weight {folder}=N.")
     return count
-
-
-def _read_client(
-    checkpoint: SafetensorsFile, digest: str, folder: Path
-) -> tuple[SafetensorsFile, IndexMap, SubmodelMetadata]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: it is not a folder; a submodel folder, as `cahfp prune` writes it, is expected.")
-    index_map = read_index_map(folder / INDEX_MAP)
-    with open_safetensors(folder / TENSORS) as file:
-        metadata = read_metadata(file, SubmodelMetadata)
-        for path, belongs_to in ((folder / INDEX_MAP, index_map.checkpoint), (file.path, metadata.checkpoint)):
-            if belongs_to != digest:
-                raise InputError(
-                    f"{path}: it belongs to another checkpoint (digest {belongs_to[:12]}..., not {digest[:12]}...).\n"
-                    f"Prune again from {checkpoint.path}, or pass the checkpoint it was made from."
-                )
-        try:
-            check_against(index_map, checkpoint)
-        except InputError as error:
-            raise InputError(f"{folder / INDEX_MAP}: it does not fit the checkpoint. {error}") from None
-        _check_tensors(file, index_map)
-        _check_numbers(file)
-    return file, index_map, metadata
-
-
-def _check_tensors(file: SafetensorsFile, index_map: IndexMap) -> None:
-    missing = sorted(index_map.tensors.keys() - file.tensors.keys())
-    extra = sorted(file.tensors.keys() - index_map.tensors.keys())
-    for fault, names in (("lacks", missing), ("has, beyond its index map,", extra)):
-        if names:
-            raise InputError(
-                f"{file.path}: it {fault} {listed(names)}.\n"
-                "Send back the submodel with the same tensors as `cahfp prune` wrote it."
-            )
-    for name, entry in index_map.tensors.items():
-        info = file.tensors[name]
-        if (info.shape, info.dtype) != (entry.submodel_shape, entry.dtype):
-            raise InputError(
-                f"{file.path}: tensor {shown(name)} is {info.dtype} {list(info.shape)}, but its index map says "
-                f"{entry.dtype} {list(entry.submodel_shape)}.\nSend back the tensors with unchanged shapes and dtypes."
-            )
-
-
-def _check_numbers(file: SafetensorsFile) -> None:
-    for name, info in file.tensors.items():
-        if info.dtype not in FLOATS:
-            continue
-        is_variance = name.rpartition(".")[2] == "running_var"
-        for first, last in row_blocks(info):
-            block = file.read_rows(name, first, last)
-            with np.errstate(invalid="ignore"):  # of a signalling NaN in bfloat16
-                is_finite = bool(np.all(np.isfinite(block)))
-            if not is_finite:
-                raise InputError(
-                    f"{file.path}: tensor {shown(name)} holds NaN or infinite numbers; "
-                    "train it again (a smaller learning rate may help) or leave this file out."
-                )
-            if is_variance and np.any(block < 0):
-                raise InputError(f"{file.path}: tensor {shown(name)} holds a negative variance; train it again.")

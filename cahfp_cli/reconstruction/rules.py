@@ -1,10 +1,12 @@
 """Aggregation rules: what a coordinate of the global checkpoint becomes, given what the clients hold there.
 
-A rule is a pure function on a block of float64 sums; METHOD.md section 6 has the mathematics.
+A rule is a pure function on a block, of sums (linear rules) or of every client's own values (robust rules); METHOD.md
+section 6 has the mathematics.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from cahfp_cli.errors import UsageError
 
 Floats = NDArray[np.float64]
+TRIM = 0.2
+"""Share of the clients at a coordinate that a trimmed mean leaves out at each end, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,19 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rule:
-    """`merge` gives the new values where at least one client covers the coordinate (elsewhere the previous ones stay).
+    """A rule has either `of_sums` or `of_values`: each gives the new values where at least one client covers the
+    coordinate (elsewhere the previous ones stay).
 
-    previous_counts: whether the previous value has a part in the result where some clients lack the coordinate.
+    of_values: takes float64 (clients, *block), NaN where a client lacks the coordinate. previous_counts: whether the
+    previous value has a part in the result where some clients lack the coordinate. by_curvature: whether clients weigh
+    by their curvature at a coordinate, beside their number of examples.
     """
 
     name: str
-    merge: Callable[[Sums], Floats]
-    previous_counts: bool
+    of_sums: Callable[[Sums], Floats] | None = None
+    of_values: Callable[[Floats], Floats] | None = None
+    previous_counts: bool = False
+    by_curvature: bool = False
 
 
 def fill(sums: Sums) -> Floats:
@@ -51,8 +60,13 @@ def fill(sums: Sums) -> Floats:
 
     Equal to w + sum_covering (n_k / n)(w_k - w), but a coordinate that all clients cover does not feel w at all.
     """
-    # -0.0 is what leaves every number as it is when added, also -0.0; and 0 * w could be NaN.
-    return np.asarray((sums.weighted + np.where(sums.missing > 0, sums.missing * sums.previous, -0.0)) / sums.total)
+    if not sums.missing.any():
+        return np.asarray(sums.weighted / sums.total)
+    # -0.0 is what leaves every number as it is when added, also -0.0.
+    kept = np.where(sums.missing > 0, sums.missing * sums.previous, -0.0)
+    kept += sums.weighted
+    kept /= sums.total
+    return kept
 
 
 def covered(sums: Sums) -> Floats:
@@ -60,14 +74,45 @@ def covered(sums: Sums) -> Floats:
     return np.asarray(sums.weighted / np.where(sums.covering > 0, sums.covering, 1.0))
 
 
+def trimmed_mean(values: Floats, trim: float) -> Floats:
+    """The mean without the lowest and the highest of the m clients that hold a coordinate: floor(trim m) at each end,
+    and at least one where m is 3 or more (Yin et al. 2018). Clients count alike: a weight is the client's own claim."""
+    ordered = np.sort(values, axis=0)
+    holders = np.isfinite(values).sum(axis=0)
+    cut = np.maximum(np.floor(trim * holders), holders >= 3)
+    number = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
+    kept = (number >= cut) & (number < holders - cut)
+    return np.asarray(np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(kept.sum(axis=0), 1))
+
+
+def median(values: Floats) -> Floats:
+    """The middle value of the clients that hold a coordinate, the mean of the middle two of an even number."""
+    ordered = np.sort(values, axis=0)
+    holders = np.maximum(np.isfinite(values).sum(axis=0), 1)[None]
+    low, high = (np.take_along_axis(ordered, place, axis=0)[0] for place in ((holders - 1) // 2, holders // 2))
+    return np.asarray(low + (high - low) / 2)
+
+
 RULES = {
     "fill": Rule("fill", fill, previous_counts=True),
-    "covered": Rule("covered", covered, previous_counts=False),
+    "covered": Rule("covered", covered),
+    "curvature": Rule("curvature", covered, by_curvature=True),
+    "trimmed-mean": Rule("trimmed-mean", of_values=partial(trimmed_mean, trim=TRIM)),
+    "median": Rule("median", of_values=median),
 }
 
 
-def rule_named(name: str) -> Rule:
-    """Raises: UsageError: there is no such rule."""
+def rule_named(name: str, trim: float | None = None) -> Rule:
+    """Args: trim: what a trimmed mean leaves out at each end, instead of `TRIM`.
+
+    Raises: UsageError: there is no such rule; a `trim` that is not from 0 to below .5, or of another rule.
+    """
     if name not in RULES:
         raise UsageError(f"there is no aggregation rule {name!r}; choose one of {', '.join(RULES)}.")
-    return RULES[name]
+    if trim is None:
+        return RULES[name]
+    if name != "trimmed-mean":
+        raise UsageError(f"--trim belongs to --rule trimmed-mean, not to {name}.")
+    if not 0 <= trim < 0.5:
+        raise UsageError(f"--trim {trim}: a share from 0 to below 0.5 at each end can be left out.")
+    return Rule(name, of_values=partial(trimmed_mean, trim=trim))

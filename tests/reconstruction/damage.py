@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fleet import Fleet, save_client
+from fleet import PROVENANCE, Fleet, save_client
 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.pruning.index_map import IndexMap, TensorMap, write_index_map
 
 SUBMODEL, MAP, REPORT = "submodel.safetensors", "index_map.safetensors", "report.json"
 
@@ -174,9 +175,18 @@ def statistic_with_factors(fields: dict[str, Any]) -> None:
     fields["tensors"]["bn1.running_var"]["factors"] = [0]
 
 
-def other_channels(fields: dict[str, Any]) -> None:
-    """The mean of as many channels, but not those of the variance: the map has both arrays of one length or whole."""
+def beyond_the_arrays(fields: dict[str, Any]) -> None:
     fields["tensors"]["bn1.running_mean"]["axes"] = [9]
+
+
+def mean_of_other_channels(it: Fleet) -> None:
+    """As many channels, so that all shapes fit, but not those of the variance."""
+    entry = it.maps[1].tensors["bn1.running_mean"]
+    chosen = np.arange(entry.submodel_shape[0], dtype=np.int32)
+    if entry.axes[0] is not None and np.array_equal(chosen, entry.axes[0]):
+        chosen = chosen + 1
+    mapping = {**it.maps[1].tensors, "bn1.running_mean": TensorMap(entry.shape, entry.dtype, (chosen,))}
+    write_index_map(path_of(it, MAP), IndexMap(it.maps[1].checkpoint, mapping), PROVENANCE)
 
 
 BOMB = b"[" + b"[]," * 2_000_000 + b"[]]"
@@ -293,7 +303,7 @@ MAPS = {
     "factors too few": arrays(replace("factor.0", lambda a: a[:-1]), "factors of shape"),
     "factors of another dtype": arrays(replace("factor.0", lambda a: a.astype(np.float64)), "F64"),
     "factors of a running statistic": record(MAP, statistic_with_factors, "running statistic"),
-    "reference beyond the arrays": record(MAP, other_channels, "refers to"),
+    "reference beyond the arrays": record(MAP, beyond_the_arrays, "refers to"),
     "tensor of another global shape": record(MAP, named("head.bias", shape=[5]), "'head.bias'"),
     "tensor of another global dtype": record(MAP, named("head.bias", dtype="F16"), "'head.bias'"),
     "tensor of an unknown dtype": record(MAP, named("head.bias", dtype="F4"), "dtype"),
@@ -304,9 +314,7 @@ MAPS = {
     "huge table": record(
         MAP, lambda r: r["tensors"].update({f"t{n}": r["tensors"]["scale"] for n in range(100_000)}), "bytes"
     ),
-    "mean of other channels than variance": record(
-        MAP, lambda r: r["tensors"]["bn1.running_mean"].update(axes=r["tensors"]["head.weight"]["axes"][1:]), "channels"
-    ),
+    "mean of other channels than variance": Damage("", "other channels", mean_of_other_channels),
 }
 
 DAMAGES: dict[str, Damage] = (

@@ -11,7 +11,7 @@ from fleet import PROVENANCE, Fleet, bits, fleet, load, merge, oracle, places, s
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cahfp_cli.checkpoint.digest import arrays_digest
+from cahfp_cli.checkpoint.digest import arrays_digest, content_digest
 from cahfp_cli.checkpoint.dtypes import DTYPES
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, without_factors
@@ -54,7 +54,8 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
 
 
 def blocks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr("cahfp_cli.checkpoint.digest.row_blocks.__defaults__", (size,))
+    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.merge"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", size)
 
 
 @BOTH_RULES

@@ -29,9 +29,6 @@ from cahfp_cli.reconstruction.merge import reconstruct
 
 SECONDS = 20
 COMMAND = Path(sys.executable).with_name("cahfp")
-WITH_SKIP = pytest.mark.skipif(
-    "skip_invalid" not in inspect.signature(reconstruct).parameters, reason="reconstruct has no skip_invalid yet"
-)
 
 
 @contextmanager
@@ -108,7 +105,6 @@ def test_damage_is_refused_in_two_lines_and_little_memory_or_changes_nothing(hon
     assert traced(attempt) <= 2 * honest.peak
 
 
-@WITH_SKIP
 @pytest.mark.parametrize("name", DAMAGES)
 def test_with_skip_invalid_the_result_is_that_of_a_run_without_the_damaged_client(honest, tmp_path, name):
     damage = DAMAGES[name]
@@ -118,10 +114,9 @@ def test_with_skip_invalid_the_result_is_that_of_a_run_without_the_damaged_clien
     with time_limit(SECONDS):
         report = reconstruct(it.checkpoint, it.folders, output, provenance=PROVENANCE, skip_invalid=True)
     assert output.read_bytes() == (honest.whole if damage.words is None else honest.without)
-    told = {client.folder: client for client in report.clients}
-    assert told[it.folders[0]].accepted
-    assert told[it.folders[1]].accepted == (damage.words is None)
-    assert (told[it.folders[1]].reason is None) == (damage.words is None)
+    refused = [] if damage.words is None else [it.folders[1]]
+    assert [client.folder for client in report.refused] == refused
+    assert [client.folder for client in report.clients] == [it.folders[0], *([] if refused else it.folders[1:2]), it.folders[2]]
 
 
 def mutate(random: np.random.Generator, raw: bytes) -> bytes:
@@ -238,7 +233,6 @@ def test_the_command_exits_3_with_two_lines_at_most_and_writes_nothing(honest, t
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@WITH_SKIP
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_the_command_leaves_a_damaged_client_out_on_request_and_says_why(honest, tmp_path, name):
     it = honest.copy(tmp_path / "fleet")

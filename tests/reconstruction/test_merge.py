@@ -23,13 +23,14 @@ from fleet import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cahfp_cli.checkpoint.digest import arrays_digest
+from cahfp_cli.checkpoint.digest import arrays_digest, file_sha256
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, Provenance, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import UsageError
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap
-from cahfp_cli.reconstruction.merge import Coverage, reconstruct
+from cahfp_cli.reconstruction.merge import reconstruct
+from cahfp_cli.reconstruction.report import Coverage
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
 quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -113,7 +114,7 @@ def test_coverage_and_kept_shares_count_entries(tmp_path):
                     held[outside] += 1
             counts += held.reshape(-1).tolist()
     assert report.coverage == Coverage(counts.count(0), counts.count(1) + counts.count(2), counts.count(3))
-    by_folder = {client.folder: client for client in report.clients}
+    by_folder = {client.path: client for client in report.clients}
     for folder, submodel, examples in zip(it.folders, it.submodels, it.examples, strict=True):
         size = sum(tensor.size for tensor in submodel.values() if tensor.dtype == np.float32)
         assert by_folder[folder].kept == size / len(counts)
@@ -170,7 +171,8 @@ def test_large_tensors_are_merged_in_blocks_with_the_same_result(tmp_path, monke
     it = fleet(tmp_path, 8, 3, widths=(3, 40, 30))
     whole, _ = merge(it)
     calls = []
-    monkeypatch.setattr("cahfp_cli.checkpoint.digest.row_blocks.__defaults__", (100,))
+    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.merge"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 100)
     blocked, _ = merge(it, on_progress=lambda done, total: calls.append((done, total)))
     assert {name: bits(tensor) for name, tensor in blocked.items()} == {name: bits(t) for name, t in whole.items()}
     assert len(calls) > 40
@@ -190,7 +192,7 @@ def test_weights_come_from_the_option_then_metadata_then_report_and_else_are_equ
 
     def weights_of(*folders, **options):
         report = reconstruct(checkpoint, folders, tmp_path / "o", provenance=PROVENANCE, dry_run=True, **options)
-        return {client.folder.name: client.num_examples for client in report.clients}, report.warnings
+        return {client.path.name: client.num_examples for client in report.clients}, report.warnings
 
     found, warnings = weights_of(given, recorded, reported, weights={given: 2.5})
     assert found == {"given": 2.5, "recorded": 6, "reported": 7}
@@ -209,7 +211,12 @@ def test_output_keeps_the_globals_metadata_with_new_provenance(tmp_path):
     reconstruct(it.checkpoint, it.folders, tmp_path / "out", provenance=new)
     with open_safetensors(tmp_path / "out") as file, open_safetensors(it.checkpoint) as before:
         old = read_metadata(before, CheckpointMetadata)
-        assert read_metadata(file, CheckpointMetadata) == old.model_copy(update={"provenance": new})
+        made = read_metadata(file, CheckpointMetadata)
+        assert made.provenance.model_copy(update={"inputs": ()}) == new
+        assert made.model_copy(update={"provenance": old.provenance}) == old
+        named = {entry.file: entry.sha256 for entry in made.provenance.inputs}
+        files = [it.checkpoint, *(it.folders[0] / name for name in ("submodel.safetensors", "index_map.safetensors"))]
+        assert sorted(named.values()) == sorted(map(file_sha256, files))
 
 
 def test_foreign_metadata_is_kept_in_full(tmp_path):
@@ -219,7 +226,8 @@ def test_foreign_metadata_is_kept_in_full(tmp_path):
     with open_safetensors(tmp_path / "out") as file:
         assert file.metadata["author"] == "someone"
         assert file.metadata["format"] == "other"
-        assert read_metadata(file, CheckpointMetadata) == CheckpointMetadata(provenance=PROVENANCE)
+        made = read_metadata(file, CheckpointMetadata)
+        assert made == CheckpointMetadata(provenance=made.provenance)
 
 
 def test_requests_that_do_not_fit_together_are_usage_errors(tmp_path):

@@ -1,0 +1,85 @@
+"""What a client says about the curvature of its loss, weight by weight, for the rule that averages by it.
+
+`curvature.safetensors` in a submodel folder has, for each weight of the submodel (not for running statistics), the
+diagonal of the curvature on the client's own data, of the same name and shape, float and not negative. It is the
+client's own claim, and clients that fit their data report almost none: so it only counts relative to the mean of its
+own tensor, floored and capped, and never says how much a client weighs as a whole (after Fisher merging, Matena and
+Raffel 2022).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cahfp_cli.checkpoint.digest import row_blocks
+from cahfp_cli.checkpoint.dtypes import FLOATS, raw_bytes
+from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
+from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.errors import InputError
+from cahfp_cli.pruning.files import CURVATURE
+from cahfp_cli.pruning.index_map import STATISTICS, IndexMap, listed
+from cahfp_cli.reconstruction.rules import Floats
+
+FLOOR, CAP = 0.1, 10.0
+"""Bounds of a weight's curvature over the mean of its tensor's."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A validated file, closed, with the mean of each tensor."""
+
+    file: SafetensorsFile
+    means: dict[str, float]
+    sha256: str
+
+    def weighs(self, name: str) -> bool:
+        return name in self.means
+
+    def relative(self, name: str, first: int, last: int) -> Floats:
+        """Curvature of rows over the tensor's mean, within `FLOOR` and `CAP`; 1 where the whole tensor has none."""
+        rows = self.file.read_rows(name, first, last).astype(np.float64)
+        mean = self.means[name]
+        return np.clip(rows / mean, FLOOR, CAP) if mean > 0 else np.ones_like(rows)
+
+
+def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap) -> Curvature:
+    """Read and check a client's curvature.
+
+    Raises: InputError: there is none, or it does not have the submodel's weights, or numbers that are negative or not
+        finite.
+    """
+    wanted = {
+        name
+        for name, entry in index_map.tensors.items()
+        if entry.dtype in FLOATS and name.rpartition(".")[2] not in STATISTICS
+    }
+    path = folder / CURVATURE
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; `cahfp train --curvature` writes it, or choose another rule.")
+    with open_safetensors(path) as file:
+        if file.tensors.keys() != wanted:
+            raise InputError(
+                f"{path}: it must have the submodel's weights; at odds: {listed(sorted(file.tensors.keys() ^ wanted))}."
+            )
+        digest, means = hashlib.sha256(file.read_header()), {}
+        for info in sorted(file.tensors.values(), key=lambda info: info.start):
+            if info.dtype not in FLOATS or info.shape != submodel.tensors[info.name].shape:
+                raise InputError(
+                    f"{path}: tensor {shown(info.name)} is {info.dtype} {list(info.shape)}, not floats of shape "
+                    f"{list(submodel.tensors[info.name].shape)}."
+                )
+            sums: list[float] = []
+            for first, last in row_blocks(info):
+                block = file.read_rows(info.name, first, last)
+                digest.update(raw_bytes(block))
+                rows = block.astype(np.float64).reshape(max(1, last - first), -1)
+                if not np.isfinite(rows).all() or (rows < 0).any():
+                    raise InputError(
+                        f"{path}: tensor {shown(info.name)} holds a curvature that is negative or not finite."
+                    )
+                sums += rows.sum(axis=1).tolist()
+            means[info.name] = math.fsum(sums) / max(1, math.prod(info.shape))
+    return Curvature(file, means, digest.hexdigest())

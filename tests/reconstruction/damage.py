@@ -270,7 +270,9 @@ SUBMODELS = {
     "tensor renamed": tensors(lambda t: rename(t, "head.bias", "head.bais"), "head.bias"),
     "tensor of another shape": tensors(replace("head.bias", lambda a: a[:3]), "'head.bias' is F32"),
     "tensor transposed": tensors(replace("head.bias", lambda a: a[None]), "'head.bias' is F32"),
-    "tensor of another dtype": tensors(replace("head.bias", lambda a: a.astype(np.float64)), "'head.bias' is F64|bytes"),
+    "tensor of another dtype": tensors(
+        replace("head.bias", lambda a: a.astype(np.float64)), "'head.bias' is F64|bytes"
+    ),
     "NaN": tensors(put("conv2.weight", np.nan), "NaN"),
     "inf": tensors(put("head.weight", -np.inf), "NaN or inf"),
     "variance negative": tensors(put("bn2.running_var", -1e-9), "negative variance"),
@@ -294,7 +296,9 @@ MAPS = {
     "indices unsorted": arrays(replace("index.0", lambda a: a[::-1].copy()), "increasing"),
     "indices of another dtype": arrays(replace("index.0", lambda a: a.astype(np.int64)), "I64"),
     "indices with two axes": arrays(replace("index.0", lambda a: a[None]), "one axis"),
-    "index array unused": arrays(lambda held: held.update({"index.7": held["index.0"]}), "not in|index.7|index map holds"),
+    "index array unused": arrays(
+        lambda held: held.update({"index.7": held["index.0"]}), "not in|index.7|index map holds"
+    ),
     "index array missing": arrays(lambda held: rename(held, "index.0", "index.1"), "refers to|index map"),
     "array of another name": arrays(lambda held: rename(held, "index.0", "weights"), "holds a tensor"),
     "factor 0": arrays(put("factor.0", 0.0), "factor"),

@@ -1,7 +1,7 @@
 """Damage to one client's files: every byte region of a safetensors file, and every claim that the server checks.
 
-A `Damage` is applied to client 1 of a fleet. `words` is what the refusal says; None means that the result must not change
-by a bit, because nothing that it depends on was damaged.
+A `Damage` is applied to client 1 of a fleet. `words` is what the refusal says; None means that the result must not
+change by a bit, because nothing that it depends on was damaged.
 """
 
 import json

@@ -183,8 +183,8 @@ def as_read_by_others(it: Fleet, folder: Path) -> Path:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("file", [SUBMODEL, MAP])
 def test_random_mutations_are_refused_or_are_what_an_honest_client_could_have_sent(tmp_path, file, seed):
-    """250 for each of 8 seeds and files, so 2,000. A bit that flips in a number is a legal other update: then the result
-    must be that of a sound file with the same contents, as another library reads them."""
+    """250 for each of 8 seeds and files, so 2,000. A bit that flips in a number is a legal other update: then the
+    result must be that of a sound file with the same contents, as another library reads them."""
     random = np.random.default_rng([seed, file == MAP])
     honest = Honest(tmp_path, (3, 6, 5))
     it = honest.fleet
@@ -270,3 +270,97 @@ def test_the_command_leaves_a_damaged_client_out_on_request_and_says_why(honest,
     object.__setattr__(remaining, "folders", [it.folders[0], it.folders[2]])
     assert command(remaining, tmp_path / "y", "--skip-invalid").returncode == 0
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+@pytest.fixture
+def own_maps(tmp_path) -> Path:
+    return tmp_path / "maps"
+
+
+def keep_maps(it: Fleet, folder: Path) -> None:
+    """The server's own copies of all maps, from before any damage."""
+    for client in it.folders:
+        (folder / client.name).mkdir(parents=True)
+        shutil.copy(client / MAP, folder / client.name / MAP)
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name.startswith("map: ")])
+def test_with_the_servers_own_maps_no_damage_to_the_clients_copy_matters(honest, tmp_path, own_maps, name):
+    it = honest.copy(tmp_path / "fleet")
+    keep_maps(it, own_maps)
+    DAMAGES[name].apply(it)
+    with time_limit(SECONDS):
+        assert merged(it, it.folders, maps=own_maps) == honest.whole
+
+
+def test_a_client_whose_map_and_tensors_both_lie_about_its_channels_is_refused_by_the_servers_own_map(
+    honest, tmp_path, own_maps
+):
+    it = honest.copy(tmp_path / "fleet")
+    keep_maps(it, own_maps)
+    save_client(it.folders[1], it.submodels[0], it.maps[0], it.examples[1])
+    merged(it, it.folders)  # consistent in itself, and only the server knows that it had sent something else
+    with pytest.raises(InputError, match="index map says") as error:
+        merged(it, it.folders, maps=own_maps)
+    assert str(path_of(it, SUBMODEL)) in str(error.value)
+    assert merged(it, it.folders, maps=own_maps, skip_invalid=True) == honest.without
+
+
+DENIES = pytest.mark.xfail(
+    strict=True,
+    raises=(InputError, AssertionError),
+    reason="a huge finite running mean overflows the pooled variance: the run stops and blames the global checkpoint",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("conv2.weight", 1e30),
+        ("head.weight", -1e6),
+        ("scale", 3e38),
+        pytest.param("bn1.running_mean", 1e30, marks=DENIES),
+    ],
+)
+def test_an_update_larger_than_the_limit_is_refused(honest, tmp_path, name, value):
+    it = honest.copy(tmp_path / "fleet")
+    tensors = {key: tensor.copy() for key, tensor in it.submodels[1].items()}
+    tensors[name].reshape(-1)[-1] = value
+    save_client(it.folders[1], tensors, it.maps[1], it.examples[1])
+    with pytest.raises(InputError) as error:
+        merged(it, it.folders, max_update=100)
+    assert str(it.folders[1]) in str(error.value)
+    assert str(error.value).count("\n") <= 1
+    assert merged(it, it.folders, max_update=100, skip_invalid=True) == honest.without
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("bn1.running_mean", marks=DENIES), "bn2.running_var", "conv1.weight", "head.bias"]
+)
+def test_one_clients_largest_finite_numbers_do_not_stop_the_others(honest, tmp_path, name):
+    """Without a limit on updates the client may be averaged or left out, but it must not deny the round."""
+    it = honest.copy(tmp_path / "fleet")
+    tensors = {key: tensor.copy() for key, tensor in it.submodels[1].items()}
+    tensors[name][...] = 3e38
+    save_client(it.folders[1], tensors, it.maps[1], it.examples[1])
+    merged(it, it.folders, skip_invalid=True)
+
+
+@pytest.mark.parametrize("count", [-1, 2**63 - 1])
+def test_a_counter_that_no_training_reaches_is_refused(honest, tmp_path, count):
+    it = honest.copy(tmp_path / "fleet")
+    tensors = it.submodels[1] | {"bn1.num_batches_tracked": np.asarray(count, np.int64)}
+    save_client(it.folders[1], tensors, it.maps[1], it.examples[1])
+    with pytest.raises(InputError, match=r"bn1\.num_batches_tracked"):
+        merged(it, it.folders)
+    assert merged(it, it.folders, skip_invalid=True) == honest.without
+
+
+def test_too_few_sound_clients_are_no_quorum(honest, tmp_path):
+    it = honest.copy(tmp_path / "fleet")
+    DAMAGES["submodel: NaN"].apply(it)
+    assert merged(it, it.folders, skip_invalid=True, min_clients=2) == honest.without
+    with pytest.raises(InputError, match="NaN") as error:
+        merged(it, it.folders, skip_invalid=True, min_clients=3)
+    assert str(error.value).count("\n") <= 1
+    assert not (it.checkpoint.parent / "merged").exists()

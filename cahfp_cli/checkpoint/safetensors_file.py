@@ -155,14 +155,18 @@ class SafetensorsFile:
             os.close(handle)
 
 
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path, max_bytes: int | None = None) -> SafetensorsFile:
     """Open `path` and validate its header completely; the elements are not read.
 
+    Args: max_bytes: the most that a sound file can have; a larger one is refused before any of it is read, because
+        JSON takes 20 times its size once it is parsed.
     Raises: InputError: no regular file, not safetensors (a pickle is named as such), or a header that is damaged or
         lies: bad JSON, dtypes, shapes, or offsets that overlap, leave gaps or do not end with the file.
     """
     handle, status = _open(path)
     try:
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise InputError(f"{path}: it has {status.st_size} bytes, but a sound one has at most {max_bytes}.")
         tensors, metadata = _header(path, handle, status.st_size)
     except BaseException:
         os.close(handle)

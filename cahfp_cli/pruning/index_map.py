@@ -33,6 +33,8 @@ Selector = tuple[slice | NDArray[np.intp], ...]
 INDEX, FACTOR = "index", "factor"
 LEAST_FACTOR = 2.0**-6
 """All factors of an entry together are within this and its inverse: what a client changed is divided by them."""
+ROOM_BYTES = 1 << 18
+AXIS_BYTES, ENTRY_BYTES = 200, 8  # two arrays in the header; an int32 and a float32
 STATISTICS = frozenset({"running_mean", "running_var"})
 
 
@@ -286,14 +288,16 @@ def write_index_map(path: Path, index_map: IndexMap, provenance: Provenance) -> 
     save_arrays(path, arrays, dump_metadata(record))
 
 
-def read_index_map(path: Path) -> IndexMap:
+def read_index_map(path: Path, checkpoint: Tensors | None = None) -> IndexMap:
     """Read and validate a map.
 
+    Args: checkpoint: a global checkpoint that the map is to belong to (`check_against` tells whether it does): a file
+        larger than any map of it is refused before it is decoded.
     Raises: InputError: not a sound safetensors file, a table that does not fit the schema, references to arrays that
         are not there, indices that are not int32, one-dimensional, strictly increasing and within their axis, or
         factors that are not float32, within their bounds and of a weight.
     """
-    with open_safetensors(path) as file:
+    with open_safetensors(path, None if checkpoint is None else most_bytes(checkpoint)) as file:
         record = read_metadata(file, IndexMapMetadata)
         arrays = _read_arrays(file)
     tensors: dict[str, TensorMap] = {}
@@ -328,6 +332,14 @@ def read_index_map(path: Path) -> IndexMap:
         raise InputError(f"{path}: '{min(arrays.keys() - used)}' is used by no tensor; the map is damaged.")
     rewrites = tuple(Rewrite(**rewrite.model_dump()) for rewrite in record.rewrites)
     return IndexMap(record.checkpoint, tensors, buffers, rewrites)
+
+
+def most_bytes(checkpoint: Tensors) -> int:
+    """More bytes than a map of `checkpoint` has: each axis of each tensor with its own indices and factors, a table
+    like the checkpoint's header with all quotes escaped, and room for provenance, buffers and rewrites."""
+    header = min((info.start for info in checkpoint.tensors.values()), default=0)
+    lengths = [length for info in checkpoint.tensors.values() for length in info.shape]
+    return ROOM_BYTES + 4 * header + sum(AXIS_BYTES + ENTRY_BYTES * length for length in lengths)
 
 
 def check_against(index_map: IndexMap, file: Tensors) -> None:

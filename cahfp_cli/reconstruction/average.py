@@ -7,11 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.checkpoint.dtypes import Array
+from cahfp_cli.pruning.index_map import selector
 from cahfp_cli.reconstruction.blocks import Block, Holders, Part, parts_of
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.reconstruction.gate import COUNTER, last_name
 from cahfp_cli.reconstruction.rules import Floats, Rule, Sums
 
+LONG_ROW = 512
+"""Elements of a row."""
 Values = Callable[[Part], Array]
 """What a part brings: floats of its own shape."""
 
@@ -43,7 +46,7 @@ def merge_floats(
     parts = list(parts_of(block, clients))
     weighted = np.full(block.block_shape, -0.0)  # what leaves every number as it is when added, also -0.0
     for part in parts:
-        weighted[part.places] += np.multiply(values(part), part.weight * scale, dtype=np.float64)
+        add(weighted, part, np.multiply(values(part), part.weight * scale, dtype=np.float64))
     weight, count = holders.of(block)
     missing = np.where(count == members, 0.0, np.maximum(total - weight, 0.0))
     merged = rule.of_sums(
@@ -56,6 +59,21 @@ def merge_floats(
             unanimous &= (counts == members) | _same_bits(agreed, before)
         merged = np.where(unanimous, agreed, merged)
     return merged if count.all() else np.where(holders.spread(count) > 0, merged, before)
+
+
+def add(target: Floats, part: Part, values: Floats) -> None:
+    """target[part.places] += values. Where columns are gathered, `np.add.at` on one long row after the other is twice
+    as fast as NumPy's indexing with several arrays, which reads and writes through a copy."""
+    columns = part.axes[1:]
+    if all(isinstance(place, slice) for place in part.places[1:]) or target[0].size < LONG_ROW:
+        target[part.places] += values
+        return
+    row_shape = target.shape[1:]
+    places = np.arange(target[0].size).reshape(row_shape)[selector(columns, row_shape)].reshape(-1)
+    rows = range(len(target)) if part.axes[0] is None else part.axes[0].tolist()
+    by_row = target.reshape(len(target), -1)
+    for row, own in zip(rows, values.reshape(len(values), -1), strict=True):
+        np.add.at(by_row[row], places, own)
 
 
 def merge_integers(block: Block, previous: Array, clients: Sequence[Client]) -> Array:

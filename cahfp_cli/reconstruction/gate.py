@@ -74,8 +74,7 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
     if not folder.is_dir():
         raise InputError(f"{folder}: it is not a folder; a submodel folder, as `cahfp prune` writes it, is expected.")
     map_path = folder / INDEX_MAP if maps is None else _own_map(maps, folder)
-    _check_size(map_path, sum(4 * (sum(i.shape) + len(i.shape)) * 2 for i in checkpoint.tensors.values()), checkpoint)
-    index_map = read_index_map(map_path)
+    index_map = read_index_map(map_path, checkpoint)
     _check_digest(map_path, index_map.checkpoint, digest, checkpoint)
     try:
         check_against(index_map, checkpoint)

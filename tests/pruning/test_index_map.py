@@ -18,6 +18,7 @@ from cahfp_cli.pruning.index_map import (
     TensorMap,
     check_against,
     gather,
+    most_bytes,
     read_index_map,
     scaled,
     scatter,
@@ -409,3 +410,15 @@ def test_arrays_that_do_not_fit_the_map_are_refused():
         gather(np.zeros(5, np.float32), entry)
     with pytest.raises(InputError, match="index map says"):
         scatter(np.zeros(1), entry, np.zeros(4, np.float32))
+
+
+def test_a_file_larger_than_any_map_of_the_checkpoint_is_refused_before_it_is_decoded(tmp_path):
+    save_arrays(tmp_path / "global", {"w": np.zeros((3, 5), np.float32)}, {})
+    entry = TensorMap((3, 5), "F32", (np.arange(2, dtype=np.int32), np.arange(4, dtype=np.int32)))
+    write_index_map(tmp_path / "map", IndexMap(DIGEST, {"w": entry}), PROVENANCE)
+    with open_safetensors(tmp_path / "global") as checkpoint:
+        assert read_index_map(tmp_path / "map", checkpoint).tensors["w"].submodel_shape == (2, 4)
+        with (tmp_path / "map").open("ab") as file:
+            file.write(b" " * most_bytes(checkpoint))
+        with pytest.raises(InputError, match="a sound one has at most"):
+            read_index_map(tmp_path / "map", checkpoint)

@@ -96,7 +96,8 @@ def _of_values(
 ) -> Floats:
     parts = list(parts_of(block, clients))
     stack = np.full((max(1, len(parts)), *block.block_shape), np.nan)
-    for own, part in zip(stack, parts, strict=False):
+    for number, part in enumerate(parts):
+        own = stack[number : number + 1].reshape(block.block_shape)  # a view, also of a scalar
         own[part.places] = values(part)
     return np.where(np.isfinite(stack).any(axis=0), rule(stack), previous)
 

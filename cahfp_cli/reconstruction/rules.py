@@ -82,7 +82,7 @@ def trimmed_mean(values: Floats, trim: float) -> Floats:
     cut = np.maximum(np.floor(trim * holders), holders >= 3)
     number = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
     kept = (number >= cut) & (number < holders - cut)
-    return np.asarray(np.where(kept, ordered, 0.0).sum(axis=0) / np.maximum(kept.sum(axis=0), 1))
+    return np.asarray(np.where(kept, ordered, -0.0).sum(axis=0, initial=-0.0) / np.maximum(kept.sum(axis=0), 1))
 
 
 def median(values: Floats) -> Floats:
@@ -90,7 +90,7 @@ def median(values: Floats) -> Floats:
     ordered = np.sort(values, axis=0)
     holders = np.maximum(np.isfinite(values).sum(axis=0), 1)[None]
     low, high = (np.take_along_axis(ordered, place, axis=0)[0] for place in ((holders - 1) // 2, holders // 2))
-    return np.asarray(low + (high - low) / 2)
+    return np.where(low == high, low, low + (high - low) / 2)  # keeps -0.0
 
 
 RULES = {

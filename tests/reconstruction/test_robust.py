@@ -65,7 +65,7 @@ def test_clients_that_did_not_train_change_nothing_under_any_rule(tmp_path, rule
 def test_one_client_of_five_cannot_drag_a_trimmed_mean_or_a_median(tmp_path):
     it = fleet(tmp_path, 3, 5, full=True)
     honest, _ = merge(it, "median")
-    evil = {name: t if t.dtype == np.int64 else t * np.float32(1e20) for name, t in it.submodels[0].items()}
+    evil = {name: t if t.dtype == np.int64 else t * np.float32(1e15) for name, t in it.submodels[0].items()}
     rewrite(it, 0, evil)
     for rule in ("median", "trimmed-mean"):
         merged, _ = merge(it, rule)
@@ -74,7 +74,7 @@ def test_one_client_of_five_cannot_drag_a_trimmed_mean_or_a_median(tmp_path):
             assert (tensor >= values.min(0)).all(), name
             assert (tensor <= values.max(0)).all(), name
     dragged, _ = merge(it, "fill")
-    assert np.abs(dragged["conv1.weight"]).max() > 1e15 > np.abs(honest["conv1.weight"]).max()
+    assert np.abs(dragged["conv1.weight"]).max() > 1e12 > np.abs(honest["conv1.weight"]).max()
 
 
 def rewrite(it, number: int, submodel: dict[str, np.ndarray]) -> None:
@@ -165,9 +165,9 @@ def test_the_servers_step_is_that_of_heavy_ball_momentum(tmp_path):
 
 def test_steps_that_make_no_sense_are_refused(tmp_path):
     it = fleet(tmp_path, 9, 1)
-    for given in ((0.0, 0.0, None), (1.0, 1.0, None), (1.0, 0.5, None), (1.0, 0.0, it.checkpoint)):
+    for numbers in ((0.0, 0.0, None), (1.0, 1.0, None), (1.0, 0.5, None), (1.0, 0.0, it.checkpoint)):
         with pytest.raises(UsageError, match=r"--server-"):
-            Step(*given)
+            Step(*numbers)
     save_global(tmp_path / "other.safetensors", {"w": np.zeros(3, np.float32)})
     with pytest.raises(InputError, match="its tensors are not those"):
         merge(it, step=Step(1.0, 0.5, tmp_path / "other.safetensors"))

@@ -95,7 +95,7 @@ def median(values: Floats) -> Floats:
     ordered = np.sort(values, axis=0)
     holders = np.maximum(np.isfinite(values).sum(axis=0), 1)[None]
     low, high = (np.take_along_axis(ordered, place, axis=0)[0] for place in ((holders - 1) // 2, holders // 2))
-    return np.where(low == high, low, low + (high - low) / 2)  # keeps -0.0
+    return np.asarray(np.where(low == high, low, low + (high - low) / 2))  # keeps -0.0
 
 
 RULES = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.curvature import CAP, FLOOR
-from cahfp_cli.reconstruction.merge import Step
+from cahfp_cli.reconstruction.round import Step
 
 quick = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 

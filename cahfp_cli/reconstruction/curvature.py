@@ -20,7 +20,7 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, open_safetens
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.files import CURVATURE
-from cahfp_cli.pruning.index_map import STATISTICS, IndexMap, listed
+from cahfp_cli.pruning.index_map import IndexMap, listed, weights_of
 from cahfp_cli.reconstruction.rules import Floats
 
 FLOOR, CAP = 0.1, 10.0
@@ -51,11 +51,7 @@ def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap)
     Raises: InputError: there is none, or it does not have the submodel's weights, or numbers that are negative or not
         finite.
     """
-    wanted = {
-        name
-        for name, entry in index_map.tensors.items()
-        if entry.dtype in FLOATS and name.rpartition(".")[2] not in STATISTICS
-    }
+    wanted = weights_of(index_map)
     path = folder / CURVATURE
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; `cahfp train --curvature` writes it, or choose another rule.")

@@ -7,7 +7,6 @@ open. Whatever the order of the clients, the size of blocks and the number of th
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputFile, Provena
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.index_map import without_factors
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import Client, Gate, Refusal, read_clients
 from cahfp_cli.reconstruction.gate import check_block
@@ -85,9 +83,9 @@ def reconstruct(
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
         digest = content_digest(checkpoint, lambda info, block: check_block(checkpoint.path, info, block))
         clients, refused, warnings = read_clients(
-            checkpoint, digest, submodels, weights or {}, gate, chosen.by_curvature
+            checkpoint, digest, submodels, weights or {}, gate, chosen.by_curvature, keep_compensation
         )
-        clients = _prepared(clients, chosen, keep_compensation)
+        _check_aggregates(clients, chosen, keep_compensation)
         every = audit or clip is not None or max_update is not None
         clients, updates, moved_too_far = _measured(clients, checkpoint, every, max_update, skip_invalid)
         refused = [*refused, *moved_too_far]
@@ -148,7 +146,7 @@ def _check_options(
             raise UsageError(f"{name} {value}: give a number above 0.")
 
 
-def _prepared(clients: list[Client], rule: Rule, keep_compensation: bool) -> list[Client]:
+def _check_aggregates(clients: Sequence[Client], rule: Rule, keep_compensation: bool) -> None:
     for client in clients:
         if client.partial is None:
             continue
@@ -157,9 +155,6 @@ def _prepared(clients: list[Client], rule: Rule, keep_compensation: bool) -> lis
         if client.partial.keep_compensation != keep_compensation:
             kept = "with" if client.partial.keep_compensation else "without"
             raise UsageError(f"{client.path}: it was aggregated {kept} --keep-compensation; do the same here.")
-    if not keep_compensation:
-        return clients
-    return [replace(client, index_map=without_factors(client.index_map)) for client in clients]
 
 
 def _measured(

@@ -83,6 +83,11 @@ class Start(Record):
     public_epochs: Natural = 0
     lr: Positive = 0.05
 
+    @property
+    def cold(self) -> bool:
+        """Whether training begins with random weights."""
+        return self.checkpoint is None and self.public_epochs == 0
+
 
 class Evaluation(Record):
     """When and on what to measure. every: rounds between evaluations (the last round always has one). samples: of each
@@ -144,9 +149,7 @@ class Experiment(Record):
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
         if self.clients_per_round > self.clients:
-            raise ValueError(
-                f"clients_per_round is {self.clients_per_round}, but the fleet has {self.clients} devices"
-            )
+            raise ValueError(f"clients_per_round is {self.clients_per_round}, but the fleet has {self.clients} devices")
         if self.quorum > self.clients_per_round:
             raise ValueError(f"quorum is {self.quorum}, more than the {self.clients_per_round} clients_per_round")
         if self.start.public_epochs and self.data.public is None:

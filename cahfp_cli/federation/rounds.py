@@ -63,10 +63,8 @@ def situation_of(
     """What selections look at in round `number`, when the network has these weights."""
     common, table = setting.common, setting.experiment.selection
     mix = table.score_mix if method.mix is None else method.mix
-    how = Hysteresis(table.rescore_every, mix, table.churn)
-    return Situation(
-        setting.seed, number, common.analysis.groups, common.devices, common.network, weights, memory, how
-    )
+    how = Hysteresis(setting.experiment.start.cold, table.rescore_every, mix, table.churn)
+    return Situation(setting.seed, number, common.analysis.groups, common.devices, common.network, weights, memory, how)
 
 
 def run_round(
@@ -163,8 +161,7 @@ def with_scores(
     forward pass and one backward pass a class, which computes no gradients of weights and so counts as a forward pass.
     """
     table, common, uploaded, flops = setting.experiment.selection, setting.common, 0, 0.0
-    warm = setting.experiment.start.checkpoint is not None or setting.experiment.start.public_epochs > 0
-    if method.scoring == "none" or (not warm and number < table.rescore_every):
+    if method.scoring == "none" or (setting.experiment.start.cold and number < table.rescore_every):
         return memory, uploaded, flops
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
     for client in clients:

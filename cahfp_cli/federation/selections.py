@@ -19,8 +19,10 @@ from cahfp_cli.significance.registry import Evidence, find_criterion
 
 @dataclass(frozen=True)
 class Hysteresis:
-    """See `experiment.SelectionTable`."""
+    """See `experiment.SelectionTable`. cold: whether training began from scratch, so that all clients began with the
+    prefix and masks have to move away from it."""
 
+    cold: bool
     rescore_every: int
     score_mix: float
     churn: float
@@ -104,9 +106,10 @@ def scored(situation: Situation, client: int) -> Mask:
     if significance is None:
         return prefix(situation, client)
     wanted = by_significance(situation, client, significance)
-    if chosen == NEVER:
+    if chosen == NEVER and not how.cold:
         return wanted
-    return limited(memory.masks[client], wanted, significance, situation.groups.family, how.churn)
+    before = prefix(situation, client) if chosen == NEVER else memory.masks[client]
+    return limited(before, wanted, significance, situation.groups.family, how.churn)
 
 
 def by_significance(situation: Situation, client: int, significance: Floats) -> Mask:

@@ -135,5 +135,3 @@ def write_start(common: Common, seed: int, path: Path) -> str:
         train(network, common.public, options, CPU)
     save_checkpoint(path, network, common.metadata(), force=True)
     return content_digest(path)
-
-

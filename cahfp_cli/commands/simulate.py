@@ -83,7 +83,10 @@ def rows_of(found: Json, partition: str) -> list[list[str]]:
 
 
 def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, output: Path) -> None:
-    """The figures, each as a PNG, and all of them with the tables in `report.html`. Raises: UsageError: no matplotlib."""
+    """The figures, each as a PNG, and all of them with the tables in `report.html`.
+
+    Raises: UsageError: there is no matplotlib.
+    """
     from importlib.util import find_spec
 
     from cahfp_cli.errors import UsageError
@@ -121,7 +124,8 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
     parts.append(Listing("Experiment", asked.model_dump_json(indent=2)))
     introduction = (
         f"{len(asked.methods)} methods, {asked.clients} clients of which {asked.clients_per_round} a round, "
-        f"{asked.rounds} rounds, {len(asked.seeds)} seeds: mean and standard deviation over seeds after the last round. "
+        f"{asked.rounds} rounds, {len(asked.seeds)} seeds: "
+        "mean and standard deviation over seeds after the last round. "
         "global: the global network with renewed statistics of norms; as left: without. deployed: mean over devices of "
         "the submodels cut for them; tuned: after one local epoch. uploaded and FLOP: of all clients in all rounds."
     )

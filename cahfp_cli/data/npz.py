@@ -57,7 +57,10 @@ def count_classes(arrays: Arrays, path: Path) -> int | None:
 
 
 def read_arrays(path: Path, columns: tuple[str, ...] = ()) -> Arrays:
-    """The arrays that we know the names of, and `columns`. Pickled objects are refused, and so is what would unpack beyond 8 GiB."""
+    """The arrays that we know the names of, and `columns`.
+
+    Pickled objects are refused, and so is what would unpack beyond 8 GiB.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:

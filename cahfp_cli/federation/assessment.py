@@ -36,8 +36,8 @@ BATCH = 256
 @dataclass(frozen=True)
 class Assessment:
     """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
-    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut, and tuned: after one
-    local epoch on the device's own data; by_device: as cut, by client."""
+    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut, and tuned: after
+    one local epoch on the device's own data; by_device: as cut, by client."""
 
     plain: float
     recalibrated: float

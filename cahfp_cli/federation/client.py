@@ -62,7 +62,7 @@ def samples_seen(samples: int, options: TrainOptions) -> int:
 
 @contextmanager
 def scaled(model: nn.Module, rates: Mapping[str, float]) -> Iterator[None]:
-    """While training, divide what the named convolutions give by their rate (HeteroFL's scaler); evaluation does not."""
+    """While training, divide what the named convolutions give by their rate (HeteroFL); evaluation does not."""
 
     def divide(rate: float) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
         return lambda module, inputs, output: output / rate if module.training else output

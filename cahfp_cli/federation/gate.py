@@ -1,6 +1,7 @@
 """Nothing of a client's reply is averaged before it has been looked at."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,8 @@ MOST_SIGNIFICANCE = 1e3
 
 def fault_of(reply: Reply, index_map: IndexMap) -> str | None:
     """Why a reply must not be merged, judged by the server's own index map; None for a sound one."""
-    if isinstance(reply.num_examples, bool) or not isinstance(reply.num_examples, int | np.integer):
+    examples: Any = reply.num_examples  # whatever a client sent
+    if isinstance(examples, bool) or not isinstance(examples, int | np.integer):
         return "num_examples is not a whole number"
     if not 1 <= reply.num_examples <= MOST_EXAMPLES:
         return f"num_examples is {reply.num_examples}, not within 1 and {MOST_EXAMPLES}"
@@ -27,7 +29,8 @@ def fault_of(reply: Reply, index_map: IndexMap) -> str | None:
 
 
 def _fault_of_tensor(name: str, arrays: Mapping[str, Array], index_map: IndexMap) -> str | None:
-    array, entry = arrays[name], index_map.tensors[name]
+    array: Any = arrays[name]  # whatever a client sent
+    entry = index_map.tensors[name]
     if not isinstance(array, np.ndarray):
         return f"{name!r} is not an array"
     if array.shape != entry.submodel_shape:

@@ -5,6 +5,7 @@ a part of the old one.
 """
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from cahfp_cli.pruning.target import Widths
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 NEVER = -1
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ class Memory:
         return np.asarray(mix * shared + (1 - mix) * own)
 
 
-def _with_row(array: NDArray[np.generic], row: int, value: object) -> NDArray[np.generic]:  # type: ignore[type-arg]
+def _with_row(array: NDArray[Kind], row: int, value: NDArray[Kind] | Kind) -> NDArray[Kind]:
     changed = array.copy()
     changed[row] = value
     return changed

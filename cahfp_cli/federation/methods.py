@@ -1,6 +1,7 @@
 """Every method on the harness: a selection for training, one for deployment, and what else sets it apart.
 
-All are merged by the experiment's rule, except FedRolex, which is defined with the average over those who hold an entry.
+All are merged by the experiment's rule, except FedRolex, which is defined with the average over those who hold an
+entry.
 With devices that hold the whole network all methods are FedAvg, bit for bit.
 """
 

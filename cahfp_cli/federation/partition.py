@@ -101,7 +101,7 @@ def _dirichlet(labels: Indices, clients: int, alpha: float, random: np.random.Ge
 
 
 def _classes(labels: Indices, clients: int, each: int, random: np.random.Generator) -> Indices:
-    """The client of each sample: every client gets `each` classes, as evenly as that goes, and an equal part of each."""
+    """The client of each sample: every client gets `each` classes in turn, and an equal part of each."""
     present = np.unique(labels)
     if each > len(present):
         raise InputError(f"classes({each}): the data has only {len(present)} classes.")

@@ -41,7 +41,7 @@ def run(
 ) -> list[Row]:
     """Run the method `name` from the checkpoint `start`, or go on where `folder` has a committed round.
 
-    Returns: one row of figures a round. `final.safetensors` is the last global checkpoint after the phase of statistics.
+    Returns: one row of figures a round. `final.safetensors` is the last global checkpoint with renewed statistics.
     Raises: InputError: the folder's state is damaged.
     """
     experiment, method = setting.experiment, METHODS[name]
@@ -67,7 +67,8 @@ def run(
             "seconds": time.perf_counter() - started,
         }
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
-            row["accuracy"] = asdict(assess(setting, method, number, after, memory))
+            found = assess(setting, method, number, after, memory)
+            row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back
         rows.append(row)
         write_memory(memory_of(folder, number + 1), memory)
         with atomic_file(folder / STATE, force=True) as temporary:

@@ -62,7 +62,7 @@ def prefix(situation: Situation, client: int) -> Mask:
 
 
 def rolling(situation: Situation, client: int) -> Mask:
-    """A window over each layer's channels that moves on by one each round and wraps around (Alam et al. 2022, FedRolex)."""
+    """A window over each layer's channels that moves on by one each round, around and around (Alam et al. 2022)."""
     kept = np.zeros(situation.groups.count, dtype=bool)
     for number, width in enumerate(situation.devices[client].widths):
         members = np.flatnonzero(situation.groups.family == number)
@@ -71,8 +71,8 @@ def rolling(situation: Situation, client: int) -> Mask:
 
 
 def ordered(situation: Situation, client: int) -> Mask:
-    """The first channels at a width drawn each round from those of the fleet that the device holds (Horvath et al. 2021,
-    FjORD, which draws anew for each batch)."""
+    """The first channels at a width drawn each round from those of the fleet that the device holds (FjORD, Horvath et al.
+    2021, which draws anew for each batch)."""
     own = situation.devices[client].widths
     held = {tuple(d.widths.tolist()) for d in situation.devices if (d.widths <= own).all()}
     choices = sorted(held)
@@ -88,8 +88,8 @@ def random(situation: Situation, client: int) -> Mask:
 
 
 def magnitude(situation: Situation, client: int) -> Mask:
-    """The channels of the largest weights in the global network, chosen anew each round (as FIARSE, Wu et al. 2024, does
-    for single weights)."""
+    """The channels of the largest weights in the global network, chosen anew each round (as FIARSE, Wu et al. 2024,
+    does for single weights)."""
     evidence = Evidence(situation.network, situation.groups, situation.weights, None, None, situation.seed)
     worth = find_criterion("l2").function(evidence)
     return strongest(worth, situation.groups.family, situation.devices[client].widths)

@@ -51,11 +51,11 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
     """Measure the checkpoint that round `number` gave."""
     common = setting.common
     arrays = load_global(setting, checkpoint)
-    plain = evaluate(common.network, common.test, BATCH, CPU)
-    renewed = clone(common.network)
-    renew_statistics(setting, renewed)
-    recalibrated = evaluate(renewed, common.test, BATCH, CPU)
     situation = situation_of(setting, method, number, arrays, memory)
+    whole = compact(common.network, common.analysis, method.network(situation, 0))
+    plain = evaluate(whole, common.test, BATCH, CPU)
+    renew_statistics(setting, whole)
+    recalibrated = evaluate(whole, common.test, BATCH, CPU)
     cut: dict[bytes, tuple[nn.Module, float]] = {}
     as_cut, tuned = [], []
     for client in range(len(common.devices)):

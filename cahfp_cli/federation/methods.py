@@ -21,6 +21,7 @@ class Method:
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
     do. mix: instead of the experiment's `score_mix`. strong_only: only devices that hold the whole network take part.
+    network: what of the global checkpoint is the method's global network.
     """
 
     choose: Choose
@@ -30,11 +31,14 @@ class Method:
     scoring: Scoring = "none"
     mix: float | None = None
     strong_only: bool = False
+    network: Choose = selections.full
 
 
 METHODS: dict[str, Method] = {
     "fedavg": Method(selections.full, selections.magnitude),
-    "fedavg-smallest": Method(selections.smallest_common, selections.smallest_common),
+    "fedavg-smallest": Method(
+        selections.smallest_common, selections.smallest_common, network=selections.smallest_common
+    ),
     "fedavg-strong": Method(selections.full, selections.magnitude, strong_only=True),
     "heterofl": Method(selections.prefix, selections.prefix, scaler=True),
     "heterofl-unscaled": Method(selections.prefix, selections.prefix),

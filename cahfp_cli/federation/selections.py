@@ -71,8 +71,8 @@ def rolling(situation: Situation, client: int) -> Mask:
 
 
 def ordered(situation: Situation, client: int) -> Mask:
-    """The first channels at a width drawn each round from those of the fleet that the device holds (FjORD, Horvath et al.
-    2021, which draws anew for each batch)."""
+    """The first channels at a width drawn each round from those of the fleet that the device holds (Horvath et al.
+    2021, whose FjORD draws anew for each batch)."""
     own = situation.devices[client].widths
     held = {tuple(d.widths.tolist()) for d in situation.devices if (d.widths <= own).all()}
     choices = sorted(held)

@@ -13,6 +13,10 @@ from cahfp_cli.pruning.index_map import IndexMap, write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
 
 
+REPLIES = ".replies-"
+"""How the names of folders begin that hold replies while they are merged."""
+
+
 @dataclass(frozen=True)
 class Contribution:
     """A client's sound reply, with the index map that the server cut its submodel by."""
@@ -33,7 +37,7 @@ def merge(
     Raises: InputError: the merged numbers overflow.
     """
     assert about.model is not None and about.input_shape is not None and about.classes is not None
-    with TemporaryDirectory(prefix=".replies-", dir=output.parent) as temporary:
+    with TemporaryDirectory(prefix=REPLIES, dir=output.parent) as temporary:
         folders = []
         for one in contributions:
             folder = Path(temporary, f"client-{one.client}")

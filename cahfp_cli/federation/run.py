@@ -21,6 +21,7 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.federation.assessment import assess, renew_statistics
 from cahfp_cli.federation.client import Trainer
 from cahfp_cli.federation.memory import Memory
+from cahfp_cli.federation.merging import REPLIES
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.rounds import load_global, run_round
 from cahfp_cli.federation.setting import Setting
@@ -47,6 +48,7 @@ def run(
     experiment, method = setting.experiment, METHODS[name]
     rows = read_rows(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, len(rows))
     if not rows:
         shutil.copyfile(start, global_of(folder, 0))
         memory = Memory.empty(len(setting.shares), setting.common.analysis.groups.count)
@@ -81,6 +83,16 @@ def run(
         renew_statistics(setting, setting.common.network)
         save_checkpoint(folder / FINAL, setting.common.network, setting.common.metadata(), force=True)
     return rows
+
+
+def remove_leftovers(folder: Path, number: int) -> None:
+    """Remove what a killed run left of rounds other than the last committed one, `number`."""
+    for replies in folder.glob(f"{REPLIES}*"):
+        shutil.rmtree(replies, ignore_errors=True)
+    committed = {global_of(folder, number), memory_of(folder, number)}
+    for path in (*folder.glob("global-*.safetensors"), *folder.glob("memory-*.safetensors")):
+        if path not in committed:
+            path.unlink()
 
 
 def global_of(folder: Path, number: int) -> Path:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 
-from tests.conftest import run, run_well
+from tests.conftest import COMMAND, environment, run, run_well
 from tests.federation.small import TOML, write_toml
 
 
@@ -29,6 +31,26 @@ def test_the_command_writes_metrics_a_summary_figures_and_one_report(tmp_path: P
     assert run_well("simulate", toml, "-o", output, "--resume", "--json", "--threads", "1").json == said
     write_toml(toml, TOML.replace("rounds = 2", "rounds = 3"))
     assert run("simulate", toml, "-o", output, "--resume").code == 3
+
+
+def test_a_command_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    toml = write_toml(tmp_path / "e.toml", TOML.replace("rounds = 2", "rounds = 6").replace('"heterofl", ', ""))
+    run_well("simulate", toml, "-o", tmp_path / "whole", "--threads", "1")
+    output = tmp_path / "killed"
+    arguments = ["simulate", str(toml), "-o", str(output), "--threads", "1"]
+    process = subprocess.Popen([str(COMMAND), *arguments], env=environment(), stderr=subprocess.DEVNULL)
+    state = output / "runs" / "dirichlet-0.5" / "cahfp" / "seed0" / "state.json"
+    while process.poll() is None and not state.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (output / "summary.json").exists()
+    run_well(*arguments, "--resume")
+    whole, killed = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+        for folder in (tmp_path / "whole", output)
+    )
+    assert whole == killed and not list(output.rglob(".*"))
 
 
 def test_natural_users_come_by_column(tmp_path: Path) -> None:

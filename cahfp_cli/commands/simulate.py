@@ -1,12 +1,14 @@
 """`cahfp simulate`: federated rounds of several methods on equal terms, on one machine."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ def simulate(
 
     console = Console(json, quiet)
     check_there(experiment)
+    if find_spec("matplotlib") is None:  # said before hours of rounds, not after them
+        raise UsageError("figures need matplotlib: pip install 'cahfp[plots]'.")
 
     from cahfp_cli.federation.experiment import read_experiment
     from cahfp_cli.federation.simulation import SUMMARY, summary
@@ -83,17 +87,7 @@ def rows_of(found: Json, partition: str) -> list[list[str]]:
 
 
 def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, output: Path) -> None:
-    """The figures, each as a PNG, and all of them with the tables in `report.html`.
-
-    Raises: UsageError: there is no matplotlib.
-    """
-    from importlib.util import find_spec
-
-    from cahfp_cli.errors import UsageError
-
-    if find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib: pip install 'cahfp[plots]', then run again with --resume.")
-
+    """The figures, each as a PNG, and all of them with the tables in `report.html`."""
     from cahfp_cli.federation.simulation import folder_name, write_text
     from cahfp_cli.plots.curves import draw_curves
     from cahfp_cli.plots.figure_file import save_figure

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cahfp_cli import __version__
-from cahfp_cli.commands import evaluate, inspect, profile, prune, reconstruct, score, train
+from cahfp_cli.commands import evaluate, inspect, profile, prune, reconstruct, score, simulate, train
 from cahfp_cli.errors import CahfpError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command()(prune.prune)
 app.command()(evaluate.evaluate)
 app.command()(reconstruct.reconstruct)
 app.command()(inspect.inspect)
+app.command()(simulate.simulate)
 
 INTERNAL_ERROR = BROKEN_PIPE = 1
 INTERRUPTED = 130

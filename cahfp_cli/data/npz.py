@@ -31,6 +31,19 @@ def load_npz(path: Path, split: str | None, default_split: str, name: str) -> Da
     return make_dataset(arrays[f"x{suffix}"], arrays[f"y{suffix}"], name, count_classes(arrays, path))
 
 
+def load_column(path: Path, column: str, split: str | None) -> np.ndarray[Any, np.dtype[Any]]:
+    """One value a sample of the training split: the array `column`, or `column_train` where the archive has splits.
+
+    Raises: InputError: not an archive of plain arrays, or none of that name.
+    """
+    names = (f"{column}_{split or 'train'}", column)
+    arrays = read_arrays(path, names)
+    name = next((name for name in names if name in arrays), None)
+    if name is None:
+        raise InputError(f"{path}: has no array {column!r}. It has {listed(arrays)}.")
+    return arrays[name]
+
+
 def count_classes(arrays: Arrays, path: Path) -> int | None:
     """Classes over all splits, or None to let the chosen labels decide."""
     if "classes" in arrays:
@@ -43,8 +56,11 @@ def count_classes(arrays: Arrays, path: Path) -> int | None:
     return max(int(y.max()) for y in integers) + 1 if integers else None
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The arrays that we know the names of. Pickled objects are refused, and so is what would unpack beyond 8 GiB."""
+def read_arrays(path: Path, columns: tuple[str, ...] = ()) -> Arrays:
+    """The arrays that we know the names of, and `columns`.
+
+    Pickled objects are refused, and so is what would unpack beyond 8 GiB.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
@@ -55,7 +71,7 @@ def read_arrays(path: Path) -> Arrays:
                 f"{path}: unpacks to {unpacked} bytes, more than {MOST_BYTES}. Split it into smaller files."
             )
         with np.load(path, allow_pickle=False) as archive:
-            known = [f"{kind}{suffix}" for kind in "xy" for suffix in ("", "_train", "_test")] + ["classes"]
+            known = [f"{kind}{suffix}" for kind in "xy" for suffix in ("", "_train", "_test")] + ["classes", *columns]
             return {key: np.asarray(archive[key]) for key in known if key in archive.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,132 @@
+"""`cahfp simulate`: federated rounds of several methods on equal terms, on one machine."""
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
+from cahfp_cli.output import Console, Json, table
+
+if TYPE_CHECKING:
+    from cahfp_cli.federation.experiment import Experiment
+    from cahfp_cli.federation.simulation import Run
+
+COLUMNS = ("method", "global, %", "as left, %", "deployed, %", "tuned, %", "uploaded, MB", "client TFLOP", "seconds")
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
+    "round": ("round", lambda row: row["round"], False),
+    "uploaded": ("uploaded, MB", lambda row: row["uploaded_bytes"] / 1e6, True),
+    "flops": ("client TFLOP", lambda row: row["client_flops"] / 1e12, True),
+}
+"""By file name: the label of x, x of a round's row, whether x is logarithmic."""
+
+
+def simulate(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="What to simulate.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Simulate federated rounds: every method on every partition with every seed, then figures and a report."""
+    from cahfp_cli.commands.networks import check_there
+
+    console = Console(json, quiet)
+    check_there(experiment)
+    if find_spec("matplotlib") is None:  # said before hours of rounds, not after them
+        raise UsageError("figures need matplotlib: pip install 'cahfp[plots]'.")
+
+    from cahfp_cli.federation.experiment import read_experiment
+    from cahfp_cli.federation.simulation import SUMMARY, summary
+    from cahfp_cli.federation.simulation import simulate as run
+    from cahfp_cli.provenance import provenance
+    from cahfp_cli.training.device import use_threads
+
+    asked = read_experiment(experiment)
+    use_threads(threads)
+
+    def committed(partition: str, method: str, seed: int, row: dict[str, Any]) -> None:
+        for client, why in row["dropped"].items():
+            console.warn(f"{partition}, {method}, seed {seed}, round {row['round']}: client {client} dropped: {why}")
+        if "accuracy" in row:
+            found = row["accuracy"]
+            console.note(
+                f"{partition}, {method}, seed {seed}, round {row['round']}/{asked.rounds}: "
+                f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
+            )
+
+    runs = run(asked, output, provenance("simulate", {}, [experiment]), resume=resume, on_round=committed)
+    found = summary(asked, runs)
+    write_figures(asked, runs, found, output)
+    text = "\n\n".join(f"{p}\n{table(COLUMNS, rows_of(found, p))}" for p in asked.partitions)
+    console.result(f"{text}\n\nwrote {output}", {"output": str(output), "summary": str(output / SUMMARY), **found})
+
+
+def rows_of(found: Json, partition: str) -> list[list[str]]:
+    """The table of one partition."""
+
+    def percent(entry: Json) -> str:
+        return f"{100 * entry['mean']:.1f} ± {100 * entry['sd']:.1f}"
+
+    return [
+        [
+            entry["method"],
+            *(percent(entry[name]) for name in ("recalibrated", "plain", "deployed", "tuned")),
+            f"{entry['uploaded_bytes'] / 1e6:.1f}",
+            f"{entry['client_flops'] / 1e12:.3f}",
+            f"{entry['seconds']:.0f}",
+        ]
+        for entry in found["results"]
+        if entry["partition"] == partition
+    ]
+
+
+def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, output: Path) -> None:
+    """The figures, each as a PNG, and all of them with the tables in `report.html`."""
+    from cahfp_cli.federation.simulation import folder_name, write_text
+    from cahfp_cli.plots.curves import draw_curves
+    from cahfp_cli.plots.figure_file import save_figure
+    from cahfp_cli.plots.html_report import Listing, Picture, Table, html_report
+
+    parts: list[Table | Picture | Listing] = []
+    for partition in asked.partitions:
+        parts.append(Table(partition, COLUMNS, rows_of(found, partition)))
+        devices = [
+            [entry["method"], *(f"{100 * share:.1f}" for share in entry["by_device"])]
+            for entry in found["results"]
+            if entry["partition"] == partition
+        ]
+        for accuracy in ("recalibrated", "deployed"):
+            for name, (label, x_of, log) in FIGURES.items():
+                curves = {
+                    method: [
+                        curve(one, x_of, accuracy) for one in runs if (one.partition, one.method) == (partition, method)
+                    ]
+                    for method in asked.methods
+                }
+                shown = "global accuracy, %" if accuracy == "recalibrated" else "deployed accuracy, %"
+                figure = draw_curves(curves, partition, label, shown, log)
+                save_figure(figure, output / f"{folder_name(partition)}-{accuracy}-by-{name}.png", force=True)
+                parts.append(Picture(f"{partition}: {shown} by {label}", figure))
+        numbers = [str(client) for client in range(asked.clients)]
+        parts.append(Table(f"{partition}: accuracy of each device's submodel as cut, %", ("method", *numbers), devices))
+    parts.append(Listing("Experiment", asked.model_dump_json(indent=2)))
+    introduction = (
+        f"{len(asked.methods)} methods, {asked.clients} clients of which {asked.clients_per_round} a round, "
+        f"{asked.rounds} rounds, {len(asked.seeds)} seeds: "
+        "mean and standard deviation over seeds after the last round. "
+        "global: the global network with renewed statistics of norms; as left: without. deployed: mean over devices of "
+        "the submodels cut for them; tuned: after one local epoch. uploaded and FLOP: of all clients in all rounds."
+    )
+    write_text(output / "report.html", html_report(f"cahfp simulate: {asked.name}", introduction, parts))
+
+
+def curve(one: "Run", x_of: Callable[[dict[str, Any]], float], accuracy: str) -> tuple[list[float], list[float]]:
+    """The rounds of a run that were evaluated."""
+    rows = [row for row in one.rows if "accuracy" in row]
+    return [float(x_of(row)) for row in rows], [100 * row["accuracy"][accuracy] for row in rows]

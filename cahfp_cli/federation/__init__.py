@@ -1,0 +1,1 @@
+"""Federated rounds in simulation: clients, devices, methods of selection, and what is measured of them."""

@@ -1,0 +1,113 @@
+"""What a global network is worth: its own accuracy, and that of the submodels which devices get from it.
+
+Statistics of batch norms belong to a network of certain widths, so both are measured after a phase in which statistics
+alone are renewed: on the public split, or else by the clients, who return them to be pooled like any reply.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torch import nn
+
+from cahfp_cli.checkpoint.digest import arrays_digest
+from cahfp_cli.checkpoint.dtypes import dtype_code
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.coupling.slicing import clone
+from cahfp_cli.federation.client import CPU
+from cahfp_cli.federation.cutting import compact
+from cahfp_cli.federation.memory import Memory
+from cahfp_cli.federation.merging import Contribution, merge
+from cahfp_cli.federation.methods import Method
+from cahfp_cli.federation.rounds import load_global, situation_of, train_options
+from cahfp_cli.federation.setting import Setting
+from cahfp_cli.federation.streams import Purpose, derived
+from cahfp_cli.models.checkpoint_io import save_checkpoint, state_arrays, to_tensor
+from cahfp_cli.pruning.index_map import IndexMap, TensorMap
+from cahfp_cli.significance.measure import subset
+from cahfp_cli.training.evaluation import evaluate
+from cahfp_cli.training.recalibration import BATCH_NORMS, recalibrate
+from cahfp_cli.training.sgd import train
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
+    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut, and tuned: after
+    one local epoch on the device's own data; by_device: as cut, by client."""
+
+    plain: float
+    recalibrated: float
+    loss: float
+    deployed: float
+    tuned: float
+    by_device: tuple[float, ...]
+
+
+def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
+    """Measure the checkpoint that round `number` gave."""
+    common = setting.common
+    arrays = load_global(setting, checkpoint)
+    situation = situation_of(setting, method, number, arrays, memory)
+    whole = compact(common.network, common.analysis, method.network(situation, 0))
+    plain = evaluate(whole, common.test, BATCH, CPU)
+    renew_statistics(setting, whole)
+    recalibrated = evaluate(whole, common.test, BATCH, CPU)
+    cut: dict[bytes, tuple[nn.Module, float]] = {}
+    as_cut, tuned = [], []
+    for client in range(len(common.devices)):
+        mask = method.deploy(situation, client)
+        key = mask.tobytes()
+        if key not in cut:
+            submodel = compact(common.network, common.analysis, mask)
+            renew_statistics(setting, submodel)
+            cut[key] = submodel, evaluate(submodel, common.test, BATCH, CPU).accuracy
+        as_cut.append(cut[key][1])
+        tuned.append(tuned_accuracy(setting, clone(cut[key][0]), number, client))
+    return Assessment(
+        plain.accuracy,
+        recalibrated.accuracy,
+        recalibrated.loss,
+        float(np.mean(as_cut)),
+        float(np.mean(tuned)),
+        tuple(as_cut),
+    )
+
+
+def tuned_accuracy(setting: Setting, submodel: nn.Module, number: int, client: int) -> float:
+    """After one local epoch on the client's own data."""
+    seed = derived(Purpose.DEPLOYMENT, setting.seed, number, client)
+    options = train_options(setting, seed)
+    train(submodel, setting.data_of(client), replace(options, epochs=1, steps=None), CPU)
+    return evaluate(submodel, setting.common.test, BATCH, CPU).accuracy
+
+
+def renew_statistics(setting: Setting, network: nn.Module) -> None:
+    """Measure the statistics of a network's batch norms anew, in place; nothing else changes."""
+    if not any(isinstance(module, BATCH_NORMS) for module in network.modules()):
+        return
+    public, size = setting.common.public, setting.experiment.train.batch_size
+    if public is not None:
+        recalibrate(network, public.x, size)
+        return
+    about, samples = setting.common.metadata(), setting.experiment.evaluation.samples
+    before = state_arrays(network)
+    whole = IndexMap(
+        arrays_digest(before),
+        {name: TensorMap(a.shape, dtype_code(a.dtype), (None,) * a.ndim) for name, a in before.items()},
+    )
+    contributions = []
+    for client in range(len(setting.shares)):
+        own = subset(setting.data_of(client), samples, derived(Purpose.STATISTICS, setting.seed, client))
+        measured = clone(network)
+        recalibrate(measured, own.x, size)
+        contributions.append(Contribution(client, state_arrays(measured), len(setting.shares[client]), whole))
+    with TemporaryDirectory() as temporary:
+        start, pooled = Path(temporary, "network.safetensors"), Path(temporary, "pooled.safetensors")
+        save_checkpoint(start, network, about, force=False)
+        merge(start, about, contributions, pooled, "covered")
+        with open_safetensors(pooled) as file:
+            network.load_state_dict({name: to_tensor(file.read(name).copy()) for name in file.tensors}, strict=False)

@@ -1,0 +1,220 @@
+"""EXPERIMENT.toml: what is simulated. Every key is checked before anything runs."""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from cahfp_cli.checkpoint.metadata import ModelSpec, Record
+from cahfp_cli.errors import InputError
+from cahfp_cli.federation.methods import METHODS
+from cahfp_cli.federation.partition import parse_partition
+from cahfp_cli.reconstruction.rules import RULES
+
+Whole = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BUDGETS = ("keep", "params", "macs")
+
+
+class Data(Record):
+    """Data specs as on the command line. public: a split that the server holds, for a start from it and for statistics
+    of norms."""
+
+    train: str
+    test: str
+    public: str | None = None
+
+
+class DeviceEntry(Record):
+    """`count` devices alike: of a profile (with the budget in it), or with a share of the full network's channels
+    (`keep`, in every layer), parameters or multiply-accumulates; shares given beside a profile replace its budget."""
+
+    count: Whole
+    profile: str | None = None
+    keep: Share | None = None
+    params: Share | None = None
+    macs: Share | None = None
+
+    @model_validator(mode="after")
+    def _says_how_large(self) -> "DeviceEntry":
+        if self.profile is None and all(getattr(self, name) is None for name in BUDGETS):
+            raise ValueError("says not how large its devices' submodels are: give profile, keep, params or macs")
+        return self
+
+
+class Training(Record):
+    """A client's own SGD in a round: `epochs` over its data, or exactly `steps` steps instead."""
+
+    epochs: Whole = 1
+    steps: Whole | None = None
+    batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
+    lr: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+
+
+class SelectionTable(Record):
+    """How scored masks are chosen and how they change.
+
+    criterion: of CA-HFP. samples: of a client's own that it scores on. rescore_every: rounds that scores and masks
+    stay. score_mix: 0 for a client's own scores, 1 for the mean over all clients. decay: what a new score leaves of
+    the moving average. churn: share of a layer's kept groups that one new mask may exchange.
+    """
+
+    criterion: str = "gate-ggn"
+    samples: Whole = 64
+    rescore_every: Whole = 5
+    score_mix: UnitInterval = 0.5
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    churn: UnitInterval = 0.1
+
+
+class Start(Record):
+    """Where training starts: `checkpoint`, or from scratch; then `public_epochs` passes over the public split."""
+
+    checkpoint: str | None = None
+    public_epochs: Natural = 0
+    lr: Positive = 0.05
+
+    @property
+    def cold(self) -> bool:
+        """Whether training begins with random weights."""
+        return self.checkpoint is None and self.public_epochs == 0
+
+
+class Evaluation(Record):
+    """When and on what to measure. every: rounds between evaluations (the last round always has one). samples: of each
+    client in the phase that returns statistics of norms alone, if there is no public split."""
+
+    every: Whole = 5
+    samples: Annotated[int, Field(strict=True, ge=2)] = 64
+
+
+class Experiment(Record):
+    """A whole experiment: every method runs on every partition with every seed, on equal terms."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+([-_.][a-z0-9]+)*$")] = "experiment"
+    model: ModelSpec
+    data: Data
+    partitions: Annotated[tuple[str, ...], Field(min_length=1)]
+    fleet: Annotated[tuple[DeviceEntry, ...], Field(min_length=1)]
+    methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    rule: str = "fill"
+    rounds: Whole
+    clients_per_round: Whole
+    quorum: Whole = 1
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    train: Training = Training()
+    selection: SelectionTable = SelectionTable()
+    start: Start = Start()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def clients(self) -> int:
+        """One a device."""
+        return sum(entry.count for entry in self.fleet)
+
+    @field_validator("partitions")
+    @classmethod
+    def _partitions_are_known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for text in given:
+            parse_partition(text)
+        return _without_repetition(given)
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for name in given:
+            _check_known(name, tuple(METHODS))
+        return _without_repetition(given)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        return _without_repetition(given)
+
+    @field_validator("rule")
+    @classmethod
+    def _rule_is_known(cls, name: str) -> str:
+        _check_known(name, tuple(RULES))
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Experiment":
+        if self.clients_per_round > self.clients:
+            raise ValueError(f"clients_per_round is {self.clients_per_round}, but the fleet has {self.clients} devices")
+        if self.quorum > self.clients_per_round:
+            raise ValueError(f"quorum is {self.quorum}, more than the {self.clients_per_round} clients_per_round")
+        if self.start.public_epochs and self.data.public is None:
+            raise ValueError("start.public_epochs needs data.public, the split to train on")
+        return self
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises: InputError: it cannot be read, is not TOML, or breaks the schema; the file and the key are named.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error)}") from None
+
+
+def _check_known(name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ValueError(f"there is no {name!r}; choose from {', '.join(known)}")
+
+
+def _without_repetition(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(given)) < len(given):
+        raise ValueError("something is named twice")
+    return given
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in a sentence; unknown keys go first, since a missing key is often the shadow of one."""
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _sentence(problems[0]) + more
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(problem["loc"][:-1])
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys here are {', '.join(known)}"
+        return f"unknown key '{key}': {hint}"
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    message = re.sub(r"^(Value error, |Input )", "", problem["msg"])
+    return f"'{key}': {message}" if key else message
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at a place of the schema."""
+    record: type[BaseModel] = Experiment
+    for part in location:
+        if isinstance(part, str):
+            record = _record_in(record.model_fields[part].annotation) or record
+    return list(record.model_fields)
+
+
+def _record_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((record for part in get_args(annotation) if (record := _record_in(part)) is not None), None)

@@ -1,0 +1,59 @@
+"""Nothing of a client's reply is averaged before it has been looked at."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cahfp_cli.checkpoint.dtypes import FLOATS, Array, dtype_code
+from cahfp_cli.federation.client import Reply
+from cahfp_cli.federation.memory import Floats
+from cahfp_cli.pruning.index_map import IndexMap
+
+MOST_EXAMPLES = 10**9
+"""No device has more samples; a client that says so wants to be all of the average."""
+MOST_SIGNIFICANCE = 1e3
+"""Scores beyond so many times the median say nothing more, and would rule the moving average."""
+
+
+def fault_of(reply: Reply, index_map: IndexMap) -> str | None:
+    """Why a reply must not be merged, judged by the server's own index map; None for a sound one."""
+    examples: Any = reply.num_examples  # whatever a client sent
+    if isinstance(examples, bool) or not isinstance(examples, int | np.integer):
+        return "num_examples is not a whole number"
+    if not 1 <= reply.num_examples <= MOST_EXAMPLES:
+        return f"num_examples is {reply.num_examples}, not within 1 and {MOST_EXAMPLES}"
+    if reply.arrays.keys() != index_map.tensors.keys():
+        return f"its tensors are not those it was sent: {sorted(reply.arrays.keys() ^ index_map.tensors.keys())[0]!r}"
+    return next(filter(None, (_fault_of_tensor(name, reply.arrays, index_map) for name in index_map.tensors)), None)
+
+
+def _fault_of_tensor(name: str, arrays: Mapping[str, Array], index_map: IndexMap) -> str | None:
+    array: Any = arrays[name]  # whatever a client sent
+    entry = index_map.tensors[name]
+    if not isinstance(array, np.ndarray):
+        return f"{name!r} is not an array"
+    if array.shape != entry.submodel_shape:
+        return f"{name!r} has shape {list(array.shape)}, not {list(entry.submodel_shape)}"
+    try:
+        code = dtype_code(array.dtype)
+    except ValueError:
+        code = str(array.dtype)
+    if code != entry.dtype:
+        return f"{name!r} is {code}, not {entry.dtype}"
+    if entry.dtype in FLOATS and not np.isfinite(array).all():
+        return f"{name!r} holds NaN or Inf"
+    if name.rpartition(".")[2] == "running_var" and (array < 0).any():
+        return f"{name!r} holds a negative variance"
+    return None
+
+
+def checked_scores(significance: Floats, groups: int) -> Floats | None:
+    """Scores that may enter the server's memory, clipped from above; None where they are unsound.
+
+    Args: significance: as the client sent it, which should be (groups,), finite and >= 0.
+    """
+    if significance.shape != (groups,) or not np.isfinite(significance).all() or (significance < 0).any():
+        return None
+    middle = float(np.median(significance))
+    return np.minimum(significance, MOST_SIGNIFICANCE * middle) if middle > 0 else significance

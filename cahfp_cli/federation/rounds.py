@@ -1,0 +1,191 @@
+"""One round: choose clients and masks, cut, train, look at the replies, merge."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cahfp_cli.checkpoint.atomic import atomic_file
+from cahfp_cli.checkpoint.digest import content_digest
+from cahfp_cli.checkpoint.dtypes import Array
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.coupling.analysis import check_slice
+from cahfp_cli.device.derived import BACKWARD
+from cahfp_cli.errors import InputError
+from cahfp_cli.federation.client import Task, Trainer, rates_of, samples_seen
+from cahfp_cli.federation.cutting import compact
+from cahfp_cli.federation.gate import checked_scores, fault_of
+from cahfp_cli.federation.memory import NEVER, Mask, Memory
+from cahfp_cli.federation.merging import Contribution, merge
+from cahfp_cli.federation.methods import Method
+from cahfp_cli.federation.selections import Hysteresis, Situation, picked
+from cahfp_cli.federation.setting import Setting
+from cahfp_cli.federation.streams import Purpose, derived
+from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
+from cahfp_cli.pruning.submodel import make_index_map
+from cahfp_cli.significance.measure import Measuring, measure, subset
+from cahfp_cli.significance.registry import find_criterion
+from cahfp_cli.training.sgd import TrainOptions
+
+OPERATIONS_A_MAC = 2
+SCORE_BYTES = 4
+"""A significance goes over the wire in float32."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round did. loss: mean training loss of the replies merged, by examples, None if there were none.
+    dropped: why, by client. uploaded: bytes of all replies and scores. flops: of the clients, predicted."""
+
+    memory: Memory
+    clients: tuple[int, ...]
+    dropped: Mapping[int, str]
+    loss: float | None
+    uploaded: int
+    flops: float
+
+
+def load_global(setting: Setting, checkpoint: Path) -> dict[str, Array]:
+    """Put a checkpoint's values into the setting's network; returns them too. Raises: InputError: it is of another."""
+    with open_safetensors(checkpoint) as file:
+        arrays = {name: file.read(name) for name in file.tensors}
+    tensors = {name: to_tensor(array.copy()) for name, array in arrays.items()}
+    check_tensors(checkpoint, tensors, setting.common.network)
+    setting.common.network.load_state_dict(tensors, strict=False)  # complete up to tied names: check_tensors saw to it
+    return arrays
+
+
+def situation_of(
+    setting: Setting, method: Method, number: int, weights: Mapping[str, Array], memory: Memory
+) -> Situation:
+    """What selections look at in round `number`, when the network has these weights."""
+    common, table = setting.common, setting.experiment.selection
+    mix = table.score_mix if method.mix is None else method.mix
+    how = Hysteresis(setting.experiment.start.cold, table.rescore_every, mix, table.churn)
+    return Situation(setting.seed, number, common.analysis.groups, common.devices, common.network, weights, memory, how)
+
+
+def run_round(
+    setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory, output: Path, trainer: Trainer
+) -> Outcome:
+    """Run round `number` (0, 1, ...) from the global `checkpoint` to the new one, `output`.
+
+    A client whose training fails or whose reply is unsound is left out; with fewer replies than the quorum the global
+    checkpoint stays as it was.
+    """
+    common, experiment = setting.common, setting.experiment
+    arrays, digest = load_global(setting, checkpoint), content_digest(checkpoint)
+    eligible = np.array([device.is_full or not method.strong_only for device in common.devices])
+    if not eligible.any():
+        raise InputError("fedavg-strong: no device of the fleet holds the whole network; leave this method out.")
+    clients = picked(len(eligible), experiment.clients_per_round, eligible, setting.seed, number)
+    memory, uploaded, flops = with_scores(setting, method, number, clients.tolist(), memory)
+    dropped: dict[int, str] = {}
+    contributions: list[Contribution] = []
+    losses: list[tuple[int, float]] = []
+    for client in clients.tolist():
+        mask = method.choose(situation_of(setting, method, number, arrays, memory), client)
+        memory = with_choice(memory, method, client, mask, number, experiment.selection.rescore_every)
+        task = make_task(setting, method, number, client, mask, arrays, digest)
+        flops += training_flops(setting, client, mask, len(task.data), task.options)
+        try:
+            reply = trainer(task)
+        except InputError as error:
+            dropped[client] = str(error).splitlines()[0]
+            continue
+        fault = fault_of(reply, task.index_map)
+        if fault is not None:
+            dropped[client] = fault
+            continue
+        uploaded += sum(array.nbytes for array in reply.arrays.values())
+        contributions.append(Contribution(client, reply.arrays, reply.num_examples, task.index_map))
+        losses.append((reply.num_examples, reply.loss))
+    if len(contributions) < experiment.quorum:
+        with atomic_file(output, force=True) as temporary:
+            shutil.copyfile(checkpoint, temporary)
+        return Outcome(memory, tuple(clients.tolist()), dropped, None, uploaded, flops)
+    merge(checkpoint, common.metadata(), contributions, output, method.rule or experiment.rule)
+    loss = sum(n * value for n, value in losses) / sum(n for n, _ in losses)
+    return Outcome(memory, tuple(clients.tolist()), dropped, loss, uploaded, flops)
+
+
+def make_task(
+    setting: Setting,
+    method: Method,
+    number: int,
+    client: int,
+    mask: Mask,
+    arrays: Mapping[str, Array],
+    digest: str,
+) -> Task:
+    """Cut a client's submodel from the network, which has the values `arrays` of the checkpoint `digest`."""
+    common = setting.common
+    rewrites = check_slice(common.network, common.analysis, mask) if common.analysis.rewritten else ()
+    index_map = make_index_map(arrays, common.analysis.groups, mask, digest, rewrites)
+    model = compact(common.network, common.analysis, mask)
+    options = train_options(setting, derived(Purpose.TRAINING, setting.seed, number, client))
+    rates = rates_of(model, index_map) if method.scaler else {}
+    return Task(client, number, model, index_map, setting.data_of(client), options, rates)
+
+
+def train_options(setting: Setting, seed: int) -> TrainOptions:
+    """The experiment's local training, at a constant learning rate, with the random stream of `seed`."""
+    how = setting.experiment.train
+    return TrainOptions(
+        epochs=how.epochs,
+        steps=how.steps,
+        batch_size=how.batch_size,
+        lr=how.lr,
+        momentum=how.momentum,
+        weight_decay=how.weight_decay,
+        schedule="constant",
+        seed=seed,
+    )
+
+
+def training_flops(setting: Setting, client: int, mask: Mask, samples: int, options: TrainOptions) -> float:
+    """Operations of a client's training in a round, two a multiply-accumulate, forward and backward."""
+    cost = setting.common.devices[client].cost
+    macs = float(cost.cost(setting.common.analysis.groups.widths(mask), memory=False).macs)
+    return OPERATIONS_A_MAC * macs * (1 + BACKWARD) * samples_seen(samples, options)
+
+
+def with_scores(
+    setting: Setting, method: Method, number: int, clients: list[int], memory: Memory
+) -> tuple[Memory, int, float]:
+    """Let the clients whose scores are old score the global network on their own data.
+
+    An untrained network is not scored: its curvature ranks nothing. Returns the memory, bytes sent, operations: of a
+    forward pass and one backward pass a class, which computes no gradients of weights and so counts as a forward pass.
+    """
+    table, common, uploaded, flops = setting.experiment.selection, setting.common, 0, 0.0
+    if method.scoring == "none" or (setting.experiment.start.cold and number < table.rescore_every):
+        return memory, uploaded, flops
+    criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
+    for client in clients:
+        if memory.scored[client] != NEVER and number - memory.scored[client] < table.rescore_every:
+            continue
+        seed = derived(Purpose.SCORING, setting.seed, number, client)
+        data = subset(setting.data_of(client), table.samples, seed)
+        how = Measuring(interactions=False, seed=seed)
+        found = measure(common.network, common.analysis.groups, criterion, data, how).significance
+        uploaded += SCORE_BYTES * len(found)
+        macs = float(common.devices[client].cost.full.macs)
+        flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * len(data) * (criterion.needs == "gates")
+        sound = checked_scores(found, common.analysis.groups.count)
+        if sound is not None:
+            memory = memory.with_score(client, sound, number, table.decay)
+    return memory, uploaded, flops
+
+
+def with_choice(memory: Memory, method: Method, client: int, mask: Mask, number: int, every: int) -> Memory:
+    """Remember a mask that scores chose, with the round in which it was; a mask that merely stayed keeps its round."""
+    if method.scoring == "none" or memory.scored.max() == NEVER:
+        return memory
+    chosen: Any = memory.chosen[client]
+    if chosen != NEVER and number - chosen < every:
+        return memory
+    return memory.with_mask(client, mask, number)

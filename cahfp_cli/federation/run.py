@@ -1,0 +1,131 @@
+"""One method on one partition with one seed: rounds, each of them committed before the next begins.
+
+The folder of a run has `state.json`, which names the last committed round and holds all its figures, and the global
+checkpoint and the memory of that round. `state.json` is replaced last, so a killed run goes on from a whole round.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cahfp_cli.checkpoint.atomic import atomic_file
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.errors import InputError
+from cahfp_cli.federation.assessment import assess, renew_statistics
+from cahfp_cli.federation.client import Trainer
+from cahfp_cli.federation.memory import Memory
+from cahfp_cli.federation.merging import REPLIES
+from cahfp_cli.federation.methods import METHODS
+from cahfp_cli.federation.rounds import load_global, run_round
+from cahfp_cli.federation.setting import Setting
+from cahfp_cli.models.checkpoint_io import save_checkpoint
+
+STATE, FINAL = "state.json", "final.safetensors"
+Row = dict[str, Any]
+MEMORY = ("scores", "scored", "masks", "chosen")
+
+
+def run(
+    setting: Setting,
+    name: str,
+    start: Path,
+    folder: Path,
+    trainer: Trainer,
+    on_round: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Run the method `name` from the checkpoint `start`, or go on where `folder` has a committed round.
+
+    Returns: one row of figures a round. `final.safetensors` is the last global checkpoint with renewed statistics.
+    Raises: InputError: the folder's state is damaged.
+    """
+    experiment, method = setting.experiment, METHODS[name]
+    rows = read_rows(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, len(rows))
+    if not rows:
+        shutil.copyfile(start, global_of(folder, 0))
+        memory = Memory.empty(len(setting.shares), setting.common.analysis.groups.count)
+    else:
+        memory = read_memory(memory_of(folder, len(rows)))
+    for number in range(len(rows), experiment.rounds):
+        started = time.perf_counter()
+        before, after = global_of(folder, number), global_of(folder, number + 1)
+        outcome = run_round(setting, method, number, before, memory, after, trainer)
+        memory = outcome.memory
+        row: Row = {
+            "round": number + 1,
+            "clients": list(outcome.clients),
+            "dropped": {str(client): why for client, why in outcome.dropped.items()},
+            "loss": outcome.loss,
+            "uploaded_bytes": outcome.uploaded + (rows[-1]["uploaded_bytes"] if rows else 0),
+            "client_flops": outcome.flops + (rows[-1]["client_flops"] if rows else 0.0),
+            "seconds": time.perf_counter() - started,
+        }
+        if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
+            found = assess(setting, method, number, after, memory)
+            row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back
+        rows.append(row)
+        write_memory(memory_of(folder, number + 1), memory)
+        with atomic_file(folder / STATE, force=True) as temporary:
+            temporary.write_text(json.dumps(rows, allow_nan=False))
+        before.unlink(missing_ok=True)
+        memory_of(folder, number).unlink(missing_ok=True)
+        on_round(row)
+    if not (folder / FINAL).exists():
+        load_global(setting, global_of(folder, experiment.rounds))
+        renew_statistics(setting, setting.common.network)
+        save_checkpoint(folder / FINAL, setting.common.network, setting.common.metadata(), force=True)
+    return rows
+
+
+def remove_leftovers(folder: Path, number: int) -> None:
+    """Remove what a killed run left of rounds other than the last committed one, `number`."""
+    for replies in folder.glob(f"{REPLIES}*"):
+        shutil.rmtree(replies, ignore_errors=True)
+    committed = {global_of(folder, number), memory_of(folder, number)}
+    for path in (*folder.glob("global-*.safetensors"), *folder.glob("memory-*.safetensors")):
+        if path not in committed:
+            path.unlink()
+
+
+def global_of(folder: Path, number: int) -> Path:
+    """The global checkpoint after `number` rounds."""
+    return folder / f"global-{number:05d}.safetensors"
+
+
+def memory_of(folder: Path, number: int) -> Path:
+    return folder / f"memory-{number:05d}.safetensors"
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The figures of the committed rounds, none in a new folder. Raises: InputError: not what `run` writes."""
+    path = folder / STATE
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        numbers = [row["round"] for row in rows]
+    except (ValueError, TypeError, KeyError):
+        numbers = []
+    if numbers != list(range(1, len(numbers) + 1)) or not numbers:
+        raise InputError(f"{path}: it is damaged; remove {folder} to start this run anew.")
+    return list(rows)
+
+
+def write_memory(path: Path, memory: Memory) -> None:
+    with atomic_file(path, force=True) as temporary:
+        save_arrays(temporary, {name: getattr(memory, name) for name in MEMORY}, {})
+
+
+def read_memory(path: Path) -> Memory:
+    with open_safetensors(path) as file:
+        if set(file.tensors) != set(MEMORY):
+            raise InputError(f"{path}: it is damaged; remove its folder to start this run anew.")
+        return Memory(**{name: np.array(file.read(name)) for name in MEMORY})

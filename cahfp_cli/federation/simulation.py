@@ -1,0 +1,131 @@
+"""All runs of an experiment, and their figures together."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cahfp_cli.checkpoint.atomic import atomic_file
+from cahfp_cli.checkpoint.metadata import Provenance
+from cahfp_cli.errors import InputError
+from cahfp_cli.federation.client import Trainer, train_client
+from cahfp_cli.federation.experiment import Experiment
+from cahfp_cli.federation.run import Row, run
+from cahfp_cli.federation.setting import make_setting, prepare, write_start
+
+EXPERIMENT, METRICS, SUMMARY = "experiment.json", "metrics.jsonl", "summary.json"
+ACCURACIES = ("recalibrated", "plain", "deployed", "tuned")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one partition with one seed, and a row of figures for each of its rounds."""
+
+    partition: str
+    method: str
+    seed: int
+    rows: tuple[Row, ...]
+
+
+def simulate(
+    experiment: Experiment,
+    output: Path,
+    provenance: Provenance,
+    *,
+    resume: bool = False,
+    trainer: Trainer = train_client,
+    on_round: Callable[[str, str, int, Row], None] = lambda partition, method, seed, row: None,
+) -> tuple[Run, ...]:
+    """Run every method on every partition with every seed into the folder `output`.
+
+    Args:
+        resume: go on with what `output` holds; else it must not exist.
+        on_round: called after each committed round with partition, method, seed and the round's figures.
+    Raises: UsageError, InputError, BudgetError: see `setting.prepare`; InputError: `output` exists without `resume`, or
+        holds another experiment.
+    """
+    check_output(output, experiment, resume)
+    common = prepare(experiment, provenance)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / EXPERIMENT, recorded(experiment))
+    runs = []
+    for seed in experiment.seeds:
+        start = output / f"start-seed{seed}.safetensors"
+        if not start.exists():
+            write_start(common, seed, start)
+        for partition in experiment.partitions:
+            setting = make_setting(common, partition, seed)
+            for method in experiment.methods:
+                folder = output / "runs" / folder_name(partition) / method / f"seed{seed}"
+
+                def committed(row: Row, partition: str = partition, method: str = method, seed: int = seed) -> None:
+                    on_round(partition, method, seed, row)
+
+                runs.append(
+                    Run(partition, method, seed, tuple(run(setting, method, start, folder, trainer, committed)))
+                )
+    write_text(output / METRICS, "".join(json.dumps(line) + "\n" for line in lines(runs)))
+    write_text(output / SUMMARY, json.dumps(summary(experiment, runs), indent=2, allow_nan=False) + "\n")
+    return tuple(runs)
+
+
+def recorded(experiment: Experiment) -> str:
+    """The experiment as the folder records it, defaults included."""
+    return experiment.model_dump_json(indent=2) + "\n"
+
+
+def check_output(output: Path, experiment: Experiment, resume: bool) -> None:
+    """Raises: InputError: the folder exists without `resume`, or holds anything but the same experiment."""
+    record = output / EXPERIMENT
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: it is a file, not a folder; name another output.")
+    if output.exists() and not resume:
+        raise InputError(f"{output} exists: pass --resume to go on with it, or name another folder.")
+    if record.exists() and record.read_text() != recorded(experiment):
+        raise InputError(f"{output}: it holds another experiment; name another folder, or go back to its file.")
+    if output.exists() and not record.exists() and any(output.iterdir()):
+        raise InputError(f"{output}: it holds no {EXPERIMENT}, so it is not an output of cahfp simulate.")
+
+
+def folder_name(partition: str) -> str:
+    """`dirichlet(0.5)` as `dirichlet-0.5`."""
+    return partition.replace("(", "-").rstrip(")")
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path, force=True) as temporary:
+        temporary.write_text(text)
+
+
+def lines(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Every round of every run."""
+    for one in runs:
+        for row in one.rows:
+            yield {"partition": one.partition, "method": one.method, "seed": one.seed, **row}
+
+
+def summary(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each method on each partition the figures after the last round: mean and standard deviation over seeds."""
+    entries = []
+    for partition in experiment.partitions:
+        for method in experiment.methods:
+            own = [one.rows for one in runs if (one.partition, one.method) == (partition, method)]
+            entry: dict[str, Any] = {"partition": partition, "method": method, "seeds": len(own)}
+            for name in ACCURACIES:
+                entry[name] = spread([rows[-1]["accuracy"][name] for rows in own])
+            devices = np.array([rows[-1]["accuracy"]["by_device"] for rows in own])
+            entry["by_device"] = devices.mean(axis=0).tolist()
+            for name in ("uploaded_bytes", "client_flops"):
+                entry[name] = float(np.mean([rows[-1][name] for rows in own]))
+            entry["seconds"] = float(np.mean([sum(row["seconds"] for row in rows) for rows in own]))
+            entry["dropped"] = sum(len(row["dropped"]) for rows in own for row in rows)
+            entries.append(entry)
+    return {"experiment": experiment.model_dump(mode="json"), "results": entries}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and standard deviation of a sample (0 of a single one)."""
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}

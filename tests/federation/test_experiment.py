@@ -1,0 +1,40 @@
+"""The schema of EXPERIMENT.toml: what is wrong is named by its key."""
+
+from pathlib import Path
+
+import pytest
+
+from cahfp_cli.errors import InputError
+from cahfp_cli.federation.experiment import read_experiment
+from tests.federation.small import TOML, write_toml
+
+
+def test_the_small_experiment_is_read(tmp_path: Path) -> None:
+    found = read_experiment(write_toml(tmp_path / "e.toml"))
+    assert found.clients == 4 and found.rule == "fill" and found.start.cold
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rounds = 2", "round = 2", "unknown key 'round': did you mean 'rounds'"),
+        ("rounds = 2", "", "'rounds' is missing"),
+        ("rounds = 2", "rounds = 0", "'rounds'"),
+        ("rounds = 2", 'rounds = "2"', "'rounds'"),
+        ("samples = 16", "sample = 16", "unknown key 'selection.sample': did you mean 'samples'"),
+        ("params = 0.25", "params = 1.5", "'fleet.1.params'"),
+        ("params = 0.25", "", "'fleet.1'.*how large"),
+        ("clients_per_round = 3", "clients_per_round = 5", "the fleet has 4 devices"),
+        ('"cahfp"]', '"cahpf"]', "'methods'.*no 'cahpf'"),
+        ('"cahfp"]', '"heterofl"]', "'methods'.*twice"),
+        ("dirichlet(0.5)", "dirichlet(x)", "'partitions'.*alpha"),
+        ("rounds = 2", 'rounds = 2\nrule = "mean"', "'rule'.*no 'mean'"),
+        ("rounds = 2", "rounds = ", "not valid TOML"),
+        ("[selection]", "[start]\npublic_epochs = 1\n[selection]", "needs data.public"),
+    ],
+)
+def test_errors_name_the_file_and_the_key(tmp_path: Path, old: str, new: str, says: str) -> None:
+    path = write_toml(tmp_path / "e.toml", TOML.replace(old, new, 1))
+    with pytest.raises(InputError, match=says) as caught:
+        read_experiment(path)
+    assert str(caught.value).startswith(str(path)) and str(caught.value).count("\n") <= 1

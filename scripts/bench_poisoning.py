@@ -1,4 +1,4 @@
-"""Poisoned clients: what a fifth of the clients can do to the global checkpoint, and which rule of reconstruction helps.
+"""Poisoned clients: what a fifth of the clients can do to the global checkpoint, and which rule helps against it.
 
 A slim VGG-11 with batch norm is trained briefly on a public share of Fashion-MNIST (images averaged to 14x14). Then ten
 clients train it on shares of their own, round after round; each writes a real submodel folder, and the folders go
@@ -21,7 +21,7 @@ Fleets:
                     is the same as `fill` where all clients hold everything
     dirichlet 0.5   the same with shares unlike by class and size (Dirichlet, alpha 0.5)
     mixed           iid shares; five clients are full, five hold the first half of each layer's channels, so that the
-                    other half has five holders. The liars are one of each width, or (`mixed, both full`) two full ones
+                    other half has five holders. The liars are one of each width, or (`..., both full`) two full ones
 
 How to read the output: for each fleet a table of test accuracy in percent, mean and standard deviation over seeds, one
 row an attack; and one of points lost against the same seed's attack-free run with `fill`, the mean and in brackets
@@ -68,8 +68,8 @@ from cahfp_cli.reconstruction.updates import is_statistic
 from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.sgd import TrainOptions, train
 
-CLIENTS, LIARS = 10, 2
-SHAPE, CLASSES, WIDTH = (1, 14, 14), 10, 0.25
+CLIENTS = 10
+SHAPE, CLASSES, WIDTH = (1, 14, 14), 10, 0.125
 PUBLIC, PRIVATE = 2_000, 6_000
 START = TrainOptions(epochs=2, lr=0.05)
 LOCAL = TrainOptions(epochs=1, lr=0.02, schedule="constant")
@@ -95,6 +95,7 @@ BARS: Mapping[str, Callable[[float], bool]] = {
     "fill, clip": lambda lost: lost <= POINTS_BAR,
     "trimmed-mean": lambda lost: lost <= POINTS_BAR,
 }
+BOTH_FULL = "100x scaled, both full"
 BARRED = ("sign-flipped", "100x scaled", "random")
 
 
@@ -111,13 +112,15 @@ class Size:
 ALL = ("none", *BARRED, "sign-flipped, 4x")
 FULL = Size(
     3,
-    5,
+    4,
     10_000,
     {
         "iid": (ALL, ALIKE),
-        "dirichlet 0.5": (("none", *BARRED), ALIKE),
-        "mixed": (("none", "100x scaled"), tuple(RULES)),
-        "mixed, both full": (("none", "100x scaled"), tuple(RULES)),
+        "dirichlet 0.5": (("none", "sign-flipped", "100x scaled"), ("fill", "fill, clip", "trimmed-mean", "median")),
+        "mixed": (
+            ("none", "100x scaled", BOTH_FULL),
+            ("fill", "covered", "fill, clip", "trimmed-mean", "median"),
+        ),
     },
 )
 QUICK = Size(1, 3, 2_000, {"iid": (("none", *BARRED), ALIKE)})
@@ -153,10 +156,15 @@ def noise(sent: Arrays, honest: Arrays, random: Random) -> Arrays:
     return moved(sent, honest, lambda name, _: scale[is_statistic(name)] * drawn[name])
 
 
+def scaled(sent: Arrays, honest: Arrays, random: Random) -> Arrays:
+    return moved(sent, honest, lambda _, u: 100 * u)
+
+
 ATTACKS: Mapping[str, Callable[[Arrays, Arrays, Random], Arrays]] = {
     "none": lambda sent, honest, random: honest,
     "sign-flipped": lambda sent, honest, random: moved(sent, honest, lambda _, u: -u),
-    "100x scaled": lambda sent, honest, random: moved(sent, honest, lambda _, u: 100 * u),
+    "100x scaled": scaled,
+    BOTH_FULL: scaled,
     "random": noise,
     "sign-flipped, 4x": lambda sent, honest, random: moved(sent, honest, lambda _, u: -4 * u),
 }
@@ -166,12 +174,11 @@ ATTACKS: Mapping[str, Callable[[Arrays, Arrays, Random], Arrays]] = {
 
 @dataclass(frozen=True)
 class Client:
-    """model: compact, its numbers are replaced each round. index_map: for a checkpoint to be named (`of`)."""
+    """model: compact, its numbers are replaced each round. index_map: of a checkpoint by its digest."""
 
     share: Dataset
     model: nn.Module
-    of: Callable[[str], IndexMap]
-    lies: bool
+    index_map: Callable[[str], IndexMap]
 
 
 def halved(dataset: Dataset) -> Dataset:
@@ -208,7 +215,6 @@ def fleet_of(name: str, model: nn.Module, seed: int) -> list[Client]:
     random = np.random.default_rng((seed, 1))
     private = images("train", PUBLIC, PUBLIC + PRIVATE)
     own = shares(private, 0.5 if name.startswith("dirichlet") else None, random)
-    liars = {"mixed": (0, CLIENTS // 2), "mixed, both full": (0, 1)}.get(name, tuple(range(LIARS)))
     analysis = analyse(model, SHAPE)
     groups = analysis.groups
     family_size = np.bincount(groups.family)
@@ -220,12 +226,12 @@ def fleet_of(name: str, model: nn.Module, seed: int) -> list[Client]:
     cuts = [(kept, *cut(model, analysis, kept)) for kept in (whole, half)]
     clients = []
     for number, share in enumerate(own):
-        kept, compact, rewrites = cuts[name.startswith("mixed") and number >= CLIENTS // 2]
+        kept, compact, rewrites = cuts[name == "mixed" and number >= CLIENTS // 2]
 
         def index_map(digest: str, kept: Any = kept, rewrites: Any = rewrites) -> IndexMap:
             return make_index_map(arrays, groups, kept, digest, rewrites)
 
-        clients.append(Client(share, compact, index_map, number in liars))
+        clients.append(Client(share, compact, index_map))
     return clients
 
 
@@ -236,7 +242,7 @@ class Run:
     """One fleet and seed; what clients learn in the first round is the same for all attacks and rules, and kept."""
 
     def __init__(self, name: str, start: nn.Module, seed: int, size: Size) -> None:
-        self.start, self.seed, self.size = start, seed, size
+        self.name, self.start, self.seed, self.size = name, start, seed, size
         self.clients = fleet_of(name, start, seed)
         self.first: list[tuple[Arrays, Arrays]] | None = None
 
@@ -246,7 +252,7 @@ class Run:
             return self.first
         result = []
         for k, client in enumerate(self.clients):
-            index_map = client.of(digest)
+            index_map = client.index_map(digest)
             sent = {name: gather(arrays[name], entry) for name, entry in index_map.tensors.items()}
             model = with_arrays(client.model, {name: array.copy() for name, array in sent.items()})
             how = TrainOptions(**{**vars(LOCAL), "seed": 1000 * self.seed + 100 * number + k})
@@ -265,13 +271,14 @@ class Run:
         arrays = {name: array.copy() for name, array in state_arrays(self.start).items()}
         record = CheckpointMetadata(model=MODEL, input_shape=SHAPE, classes=CLASSES, provenance=PROVENANCE)
         save_arrays(checkpoint, arrays, dump_metadata(record))
+        liars = (0, CLIENTS // 2) if self.name == "mixed" and attack != BOTH_FULL else (0, 1)
         for number in range(self.size.rounds):
             digest = arrays_digest(arrays)
             folders = []
             for k, (sent, honest) in enumerate(self.learnt(arrays, digest, number)):
                 client = self.clients[k]
                 random = np.random.default_rng((self.seed, 2, number, k))
-                back = ATTACKS[attack](sent, honest, random) if client.lies else honest
+                back = ATTACKS[attack](sent, honest, random) if k in liars else honest
                 folders.append(write(folder / f"client{k}", client, digest, back))
             try:
                 reconstruct(checkpoint, folders, checkpoint, force=True, provenance=PROVENANCE, **RULES[rule])
@@ -290,7 +297,7 @@ class Run:
 def write(folder: Path, client: Client, digest: str, arrays: Arrays) -> Path:
     """A client's upload."""
     folder.mkdir(exist_ok=True)
-    write_index_map(folder / INDEX_MAP, client.of(digest), PROVENANCE)
+    write_index_map(folder / INDEX_MAP, client.index_map(digest), PROVENANCE)
     record = SubmodelMetadata(
         model=MODEL,
         input_shape=SHAPE,

@@ -21,13 +21,17 @@ Fleets:
     dirichlet 0.5   the same with shares unlike by class and size (Dirichlet, alpha 0.5)
     mixed           iid shares; five clients are full, five hold the first half of each layer's channels, so that the
                     other half has five holders. The liars are one of each width, or (`..., both full`) two full ones
+    from scratch    as iid, but from random weights: after the public training there is little left to gain in a few
+                    rounds, so little to lose for whoever only slows learning down
 
 How to read the output: for each fleet a table of test accuracy in percent, mean and standard deviation over seeds, one
 row an attack; and one of points lost against the same seed's attack-free run with `fill`, the mean and in brackets
-the worst seed. The bar, on means: on `iid`, trimmed-mean and fill with clipping lose at most 3 points under each of the
-first three attacks, and fill alone loses more than 3.
+the worst seed. `gained` is what that run gains in all: a global checkpoint that never moved loses as much.
 
-    python scripts/bench_poisoning.py [--quick]
+The bar, on means: on `iid`, trimmed-mean and fill with clipping lose at most 3 points under each of the first three
+attacks, and fill alone loses more than 3.
+
+    python scripts/bench_poisoning.py [--quick] [--fleet NAME]
 
 --quick has one seed, three rounds, 2,000 test images and the iid fleet only; the full run takes some ten minutes of one
 core. The last line is JSON: each figure, the bar beside it (none: it is only reported), and `holds`.
@@ -38,7 +42,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,6 +98,7 @@ BARS: Mapping[str, Callable[[float], bool]] = {
     "fill, clip": lambda lost: lost <= POINTS_BAR,
     "trimmed-mean": lambda lost: lost <= POINTS_BAR,
 }
+SCRATCH = "from scratch"
 BOTH_FULL = "100x scaled, both full"
 BARRED = ("sign-flipped", "100x scaled", "random")
 
@@ -120,6 +125,7 @@ FULL = Size(
             ("none", "100x scaled", BOTH_FULL),
             ("fill", "covered", "fill, clip", "trimmed-mean", "median"),
         ),
+        SCRATCH: (("none", "sign-flipped"), ("fill", "fill, clip", "trimmed-mean")),
     },
 )
 QUICK = Size(1, 3, 2_000, {"iid": (("none", *BARRED), ALIKE)})
@@ -309,9 +315,12 @@ def write(folder: Path, client: Client, digest: str, arrays: Arrays) -> Path:
     return folder
 
 
-def started(seed: int) -> nn.Module:
+@cache
+def started(seed: int, from_scratch: bool) -> nn.Module:
     torch.manual_seed(seed)
     model = vgg11(SHAPE, CLASSES, WIDTH)
+    if from_scratch:
+        return model.eval()
     train(model, images("train", 0, PUBLIC), TrainOptions(**{**vars(START), "seed": seed}), CPU)
     return model
 
@@ -319,11 +328,16 @@ def started(seed: int) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------ report
 
 
-def report(name: str, found: Mapping[tuple[str, str], list[float]], size: Size) -> dict[str, Any]:
-    """Print a fleet's tables; its figures. found: accuracy in percent by seed, of attack and rule."""
+def report(
+    name: str, found: Mapping[tuple[str, str], list[float]], at_start: list[float], size: Size
+) -> dict[str, Any]:
+    """Print a fleet's tables; its figures. found: accuracy in percent by seed, of attack and rule; at_start: likewise,
+    before the first round."""
     attacks, rules = size.fleets[name]
     reference = np.array(found["none", "fill"])
-    accuracy_rows, lost_rows, figures = [], [], {}
+    accuracy_rows, lost_rows = [], []
+    gained = float(reference.mean() - np.mean(at_start))
+    figures: dict[str, Any] = {f"{name}: gained": {"value": round(gained, 2), "bar": None}}
     for attack in attacks:
         accuracy_rows.append([attack])
         lost_rows.append([attack])
@@ -344,6 +358,7 @@ def report(name: str, found: Mapping[tuple[str, str], list[float]], size: Size) 
             if name == "iid" and attack in BARRED and rule in BARS:
                 sign = "> " if rule == "fill" else "<= "
                 figures[key] |= {"bar": f"{sign}{POINTS_BAR:g}", "holds": BARS[rule](float(lost.mean()))}
+    print(f"\n{name}: start {np.mean(at_start):.1f}%, gained {gained:.1f} points in {size.rounds} rounds")
     print(f"\n{name}: accuracy, %, mean and standard deviation of {size.seeds} seed(s)\n")
     print(table(["attack", *rules], accuracy_rows))
     print(f"\n{name}: points lost against attack-free fill, mean (worst seed)\n")
@@ -354,28 +369,33 @@ def report(name: str, found: Mapping[tuple[str, str], list[float]], size: Size) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer rounds, the iid fleet only")
-    quick = parser.parse_args().quick
-    size = QUICK if quick else FULL
+    parser.add_argument("--fleet", choices=FULL.fleets, help="only this one")
+    options = parser.parse_args()
+    size = QUICK if options.quick else FULL
+    if options.fleet:
+        size = replace(size, fleets={options.fleet: FULL.fleets[options.fleet]})
     torch.set_num_threads(1)
     wall, spent = time.monotonic(), time.process_time()
-    starts = [started(seed) for seed in range(size.seeds)]
-    at_start = [100 * evaluate(model, images("test", 0, size.tested), 500, CPU).accuracy for model in starts]
-    print(f"start: {np.mean(at_start):.1f}% on {size.tested} test images, {size.rounds} rounds follow", flush=True)
+    test = images("test", 0, size.tested)
     figures: dict[str, Any] = {}
     for name, (attacks, rules) in size.fleets.items():
         found: dict[tuple[str, str], list[float]] = {(attack, rule): [] for attack in attacks for rule in rules}
-        for seed, start in enumerate(starts):
+        at_start = []
+        for seed in range(size.seeds):
+            start = started(seed, name == SCRATCH)
+            at_start.append(100 * evaluate(start, test, 500, CPU).accuracy)
             run = Run(name, start, seed, size)
             for attack, rule in found:
                 with tempfile.TemporaryDirectory() as folder:
                     found[attack, rule].append(100 * run.accuracy(attack, rule, Path(folder)))
-        figures |= report(name, found, size)
+        figures |= report(name, found, at_start, size)
     seconds = time.process_time() - spent
     print(f"\n{seconds:.0f} s of CPU time, {time.monotonic() - wall:.0f} s in all\n")
     failing = [key for key, figure in figures.items() if figure.get("holds") is False]
     for key in failing:
         print(f"does not hold: {key}: {figures[key]['value']} points lost, bar {figures[key]['bar']}")
-    print(json.dumps({"quick": quick, "start": round(float(np.mean(at_start)), 2), **figures, "holds": not failing}))
+    holds = not failing if "iid" in size.fleets else None  # the other fleets have no bar
+    print(json.dumps({"quick": options.quick, **figures, "holds": holds}))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,12 @@ def dtype_code(dtype: np.dtype[Any]) -> str:
     return code
 
 
+def largest(code: str) -> float:
+    """The largest number of a float dtype, by its safetensors code."""
+    limits: Any = ml_dtypes.finfo  # NumPy's, and those of bfloat16 and float8
+    return float(limits(DTYPES[code]).max)
+
+
 def raw_bytes(array: Array) -> memoryview:
     """The elements in C order as little-endian bytes; a view where the array already lies so, else a copy."""
     if array.dtype.isnative == (sys.byteorder == "big") and array.dtype.itemsize > 1:

@@ -69,6 +69,17 @@ class SubmodelMetadata(Record):
     provenance: Provenance
 
 
+class CurvatureMetadata(Record):
+    """Metadata of `curvature.safetensors`: the global checkpoint that the submodel is of, how many samples of the
+    client's were measured, and how many labels were drawn for each, None where every class has its share."""
+
+    format: Literal["cahfp.curvature/1"] = "cahfp.curvature/1"
+    checkpoint: Digest
+    samples: Annotated[int, Field(ge=1)]
+    draws: Annotated[int, Field(ge=1)] | None = None
+    provenance: Provenance
+
+
 RecordType = TypeVar("RecordType", bound=Record)
 
 

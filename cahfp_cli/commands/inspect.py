@@ -13,10 +13,11 @@ from cahfp_cli.output import Console, Json, table
 if TYPE_CHECKING:
     from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile
 
-CHECKPOINT, SUBMODEL, INDEX_MAP, SCORES = (
+CHECKPOINT, SUBMODEL, INDEX_MAP, CURVATURE, SCORES = (
     "cahfp.checkpoint/1",
     "cahfp.submodel/1",
     "cahfp.index_map/1",
+    "cahfp.curvature/1",
     "cahfp.scores/1",
 )
 
@@ -26,7 +27,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="ANY_FILE_OF_OURS",
-            help="A checkpoint, scores, an index map, a submodel folder, report.json, model.onnx or a profile.",
+            help="Checkpoint, scores, index map, curvature, submodel folder, report.json, model.onnx or profile.",
         ),
     ],
     groups: Annotated[
@@ -190,7 +191,13 @@ def describe_tensors(file: "SafetensorsFile") -> Json:
     import json
 
     from cahfp_cli.checkpoint.digest import content_digest
-    from cahfp_cli.checkpoint.metadata import KEY, CheckpointMetadata, SubmodelMetadata, read_metadata
+    from cahfp_cli.checkpoint.metadata import (
+        KEY,
+        CheckpointMetadata,
+        CurvatureMetadata,
+        SubmodelMetadata,
+        read_metadata,
+    )
     from cahfp_cli.pruning.index_map import read_index_map
     from cahfp_cli.significance.scores import ScoresMetadata, read_scores
 
@@ -204,6 +211,8 @@ def describe_tensors(file: "SafetensorsFile") -> Json:
         name = None
     if name == SUBMODEL:
         return {"kind": "submodel", **tensors, **read_metadata(file, SubmodelMetadata).model_dump(mode="json")}
+    if name == CURVATURE:
+        return {"kind": "curvature", **tensors, **read_metadata(file, CurvatureMetadata).model_dump(mode="json")}
     if name == INDEX_MAP:
         index_map = read_index_map(file.path)
         whole = sum(element_count(t.shape) for t in index_map.tensors.values())

@@ -101,11 +101,12 @@ def reconstruct(
     from cahfp_cli.checkpoint.atomic import check_file_target
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction import merge
+    from cahfp_cli.reconstruction.round import Step
     from cahfp_cli.reconstruction.rules import rule_named
 
     console = Console(json=json, quiet=quiet)
     rule_named(rule, trim)
-    step = merge.Step(server_lr, server_momentum, before)
+    step = Step(server_lr, server_momentum, before)
     for path in (report_file, html):
         if path is not None:
             check_file_target(path, force)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cahfp_cli.checkpoint.metadata import Provenance
     from cahfp_cli.commands.networks import Network
     from cahfp_cli.data.dataset import Dataset
+    from cahfp_cli.training.curvature import Curvature
     from cahfp_cli.training.evaluation import Metrics
     from cahfp_cli.training.sgd import TrainReport
 
@@ -45,6 +46,15 @@ def train(
     label_smoothing: Annotated[float, typer.Option(help="0 for none.")] = 0.0,
     augment: Annotated[bool, typer.Option("--augment", help="Shift images by a few pixels.")] = False,
     grad_clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    curvature: Annotated[
+        int | None,
+        typer.Option(
+            "--curvature",
+            metavar="N",
+            min=1,
+            help="For a submodel: measure the loss's curvature on N of its samples, for reconstruct --rule curvature.",
+        ),
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="For a submodel: export the trained one.")] = True,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -65,12 +75,15 @@ def train(
     # Slips in what was typed are answered here, before torch is imported and long before training ends.
     if source is not None:
         check_there(source)
+    if curvature is not None and (source is None or not source.is_dir()):
+        raise UsageError("--curvature goes with a SUBMODEL_DIR: it is what a device says beside its trained submodel.")
     check_target = check_folder_target if source is not None and source.is_dir() else check_file_target
     check_target(output, force)
     dataset = load_data(data, data_root=data_root)
     tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
 
     from cahfp_cli.provenance import portable, provenance
+    from cahfp_cli.training.curvature import measure_curvature
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.evaluation import evaluate
     from cahfp_cli.training.sgd import TrainOptions, check_options
@@ -105,6 +118,17 @@ def train(
 
         report = run(network.model, dataset, how, where, on_epoch)
     metrics = evaluate(network.model, tests, 256, where) if tests is not None else None
+    measured = None
+    if curvature is not None and network.submodel is not None:
+        from cahfp_cli.pruning.index_map import weights_of
+
+        if len(dataset) < curvature:
+            console.warn(f"{data} has only {len(dataset)} samples, fewer than --curvature {curvature}")
+        names = sorted(weights_of(network.submodel.index_map))
+        with console.progress("measuring the curvature") as progress:
+            measured = measure_curvature(
+                network.model, names, dataset, curvature, where, seed=seed, on_progress=progress
+            )
     network.model.cpu()
     options_given = given(
         {
@@ -120,14 +144,15 @@ def train(
             "label_smoothing": label_smoothing,
             "augment": augment,
             "grad_clip": grad_clip,
+            "curvature": curvature,
         }
     )
     origin = provenance("train", {**options_given, "seed": seed}, network.files)
-    result = describe(dataset, test_data, report, metrics)
+    result = describe(dataset, test_data, report, metrics, measured)
     if network.submodel is None:
         write_checkpoint(output, network, len(dataset), origin, force)
     else:
-        result = write_trained_submodel(output, network, len(dataset), origin, force, onnx, result)
+        result = write_trained_submodel(output, network, len(dataset), origin, force, onnx, result, measured)
     lines = [f"{output}: {len(dataset)} samples, final training loss {result['training']['loss']:.4f}"]
     if metrics is not None:
         lines.append(f"accuracy on {test_data}: {100 * metrics.accuracy:.1f}% ({metrics.samples} samples)")
@@ -160,7 +185,13 @@ def start(
     return Network(build(spec, shape, outputs, seed), spec, shape, outputs, "", (), {}, None)
 
 
-def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", metrics: "Metrics | None") -> Json:
+def describe(
+    dataset: "Dataset",
+    test_data: str | None,
+    report: "TrainReport",
+    metrics: "Metrics | None",
+    curvature: "Curvature | None",
+) -> Json:
     """What training did, for report.json and --json; no times, so that equal runs give equal bytes."""
     from cahfp_cli.provenance import portable
 
@@ -174,6 +205,8 @@ def describe(dataset: "Dataset", test_data: str | None, report: "TrainReport", m
             "accuracy": last.accuracy,
         },
     }
+    if curvature is not None:
+        result["training"]["curvature"] = {"samples": curvature.samples, "draws": curvature.draws}
     if metrics is not None:
         result["test"] = {
             "data": portable(test_data or ""),
@@ -200,18 +233,32 @@ def write_checkpoint(output: Path, network: "Network", examples: int, origin: "P
 
 
 def write_trained_submodel(
-    output: Path, network: "Network", examples: int, origin: "Provenance", force: bool, onnx: bool, result: Json
+    output: Path,
+    network: "Network",
+    examples: int,
+    origin: "Provenance",
+    force: bool,
+    onnx: bool,
+    result: Json,
+    curvature: "Curvature | None",
 ) -> Json:
-    """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on."""
-    from cahfp_cli.pruning.files import REPORT
+    """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on, and the
+    curvature if it was measured; an old one is of other weights and stays behind."""
+    from cahfp_cli.pruning.files import CURVATURE, REPORT
     from cahfp_cli.pruning.report import read_report
     from cahfp_cli.pruning.submodel import trained_arrays, write_submodel
+    from cahfp_cli.training.curvature import write_curvature
 
     submodel = network.submodel
     assert submodel is not None
     metadata = submodel.metadata.model_copy(update={"num_examples": examples, "provenance": origin})
     before = submodel.folder / REPORT
     report = {key: value for key, value in read_report(before).items() if key != "onnx"} if before.is_file() else {}
+
+    def write_more(folder: Path) -> None:
+        if curvature is not None:
+            write_curvature(folder / CURVATURE, curvature, checkpoint=metadata.checkpoint, provenance=origin)
+
     return write_submodel(
         output,
         network.model,
@@ -220,5 +267,6 @@ def write_trained_submodel(
         metadata,
         {**report, **result},
         onnx=onnx,
+        write_more=write_more,
         force=force,
     )

@@ -6,4 +6,4 @@ ONNX = "model.onnx"
 QUANTISED = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 REPORT = "report.json"
 CURVATURE = "curvature.safetensors"
-FILES = (TENSORS, INDEX_MAP, ONNX, *QUANTISED.values(), REPORT)
+FILES = (TENSORS, INDEX_MAP, ONNX, *QUANTISED.values(), REPORT, CURVATURE)

@@ -90,6 +90,15 @@ class IndexMap:
     rewrites: tuple[Rewrite, ...] = ()
 
 
+def weights_of(index_map: IndexMap) -> set[str]:
+    """The float tensors that are not running statistics: those that a client may report its curvature for."""
+    return {
+        name
+        for name, entry in index_map.tensors.items()
+        if entry.dtype in FLOATS and name.rpartition(".")[2] not in STATISTICS
+    }
+
+
 def without_factors(index_map: IndexMap) -> IndexMap:
     """The map of the same submodel if nothing had been compensated."""
     tensors = {

@@ -1,6 +1,6 @@
 """Submodels: cutting one out of a network, and building one again from its folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,6 +118,7 @@ def write_submodel(
     onnx: bool = True,
     quantised: Sequence[Quantisation] = (),
     storage_limit: float | None = None,
+    write_more: Callable[[Path], None] = lambda folder: None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a submodel folder, all of it or nothing.
@@ -128,6 +129,7 @@ def write_submodel(
         report: becomes `report.json`, with the ONNX file's size and parity and the provenance added.
         onnx: whether to export and verify `model.onnx`; quantised: what else to make of that file.
         storage_limit: bytes that the ONNX file may have.
+        write_more: writes what else is to be in the folder, given where it is for now.
     Returns: the report as written.
     Raises: VerificationError: the ONNX file differs from the network or is larger than the limit, or a quantised one
         differs from it.
@@ -136,6 +138,7 @@ def write_submodel(
     with atomic_directory(output, force) as folder:
         save_arrays(folder / TENSORS, arrays, dump_metadata(metadata))
         write_index_map(folder / INDEX_MAP, index_map, metadata.provenance)
+        write_more(folder)
         if onnx:
             file = export_onnx(model, metadata.input_shape, folder / ONNX, onnx_metadata(metadata))
             if storage_limit is not None and file.size > storage_limit:

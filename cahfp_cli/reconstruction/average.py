@@ -49,9 +49,7 @@ def merge_floats(
         add(weighted, part, np.multiply(values(part), part.weight * scale, dtype=np.float64))
     weight, count = holders.of(block)
     missing = np.where(count == members, 0.0, np.maximum(total - weight, 0.0))
-    merged = rule.of_sums(
-        Sums(before, weighted, holders.spread(weight * scale), holders.spread(missing * scale), total * scale)
-    )
+    merged = rule.of_sums(Sums(before, weighted, weight * scale, missing * scale, total * scale, holders.spread))
     if previous.dtype == np.float64:
         counts = holders.spread(count)
         agreed, unanimous = _agreed(block, parts, values)

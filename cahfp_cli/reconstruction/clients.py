@@ -14,7 +14,7 @@ from cahfp_cli.checkpoint.safetensors_file import is_size
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.pruning.files import REPORT, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.pruning.index_map import IndexMap, without_factors
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
 from cahfp_cli.reconstruction.gate import read_upload
 from cahfp_cli.reconstruction.partial import Partial, read_partial
@@ -92,12 +92,13 @@ def read_clients(
     weights: Mapping[Path, float],
     gate: Gate,
     by_curvature: bool = False,
+    keep_compensation: bool = False,
 ) -> tuple[list[Client], list[Refusal], list[str]]:
     """Read and check all clients; returns those that passed, in an order that depends on their content only, those
     that did not, and warnings.
 
     Args: digest: content digest of `checkpoint`. weights: by path, what takes precedence over recorded num_examples.
-        by_curvature: read the clients' curvature too.
+        by_curvature: read the clients' curvature too. keep_compensation: leave factors in.
     Raises: UsageError: no client, one twice, a weight for one that is not listed, that is no positive number or of an
         aggregate. InputError: without `skip_invalid`, a client is not a sound submodel of `checkpoint`, or only some
         have a num_examples.
@@ -114,7 +115,7 @@ def read_clients(
 
     for path in paths:
         try:
-            read.append(_read(checkpoint, digest, path, given.get(path), gate, by_curvature))
+            read.append(_read(checkpoint, digest, path, given.get(path), gate, by_curvature, keep_compensation))
         except InputError as error:
             refuse(path, error)
     recorded = any(examples is not None for _, examples in read)
@@ -142,7 +143,13 @@ def weighing(client: Client, weight: float) -> Client:
 
 
 def _read(
-    checkpoint: Tensors, digest: str, path: Path, given: float | None, gate: Gate, by_curvature: bool
+    checkpoint: Tensors,
+    digest: str,
+    path: Path,
+    given: float | None,
+    gate: Gate,
+    by_curvature: bool,
+    keep_compensation: bool,
 ) -> tuple[Client, float | None]:
     """One client, and the number of examples that it counts for, if that is known."""
     if path.is_file():
@@ -166,13 +173,14 @@ def _read(
     examples = given or upload.metadata.num_examples or _reported_examples(path)
     if given is None and examples is not None:
         _check_examples(path, examples, gate.max_examples)
-    curvature = read_curvature(path, upload.file, upload.index_map) if by_curvature else None
+    index_map = without_factors(upload.index_map) if keep_compensation else upload.index_map
+    curvature = read_curvature(path, upload.file, index_map) if by_curvature else None
     name = path.resolve().name
     inputs = tuple(InputFile(file=f"{name}/{file}", sha256=found) for file, found in sorted(upload.sha256.items()))
     if curvature is not None:
         inputs = (*inputs, InputFile(file=f"{name}/{curvature.file.path.name}", sha256=curvature.sha256))
     order = (upload.sha256[TENSORS], _map_key(upload.index_map), 0.0)
-    return Client(path, 1.0, upload.file, upload.index_map, order, inputs, curvature=curvature), examples
+    return Client(path, 1.0, upload.file, index_map, order, inputs, curvature=curvature), examples
 
 
 def _check_examples(path: Path, examples: float, most: float) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, raw_bytes
+from cahfp_cli.checkpoint.dtypes import FLOATS, Array, raw_bytes
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.files import CURVATURE
-from cahfp_cli.pruning.index_map import STATISTICS, IndexMap, listed
+from cahfp_cli.pruning.index_map import IndexMap, TensorMap, factor_product, listed, weights_of
 from cahfp_cli.reconstruction.rules import Floats
 
 FLOOR, CAP = 0.1, 10.0
@@ -29,9 +29,11 @@ FLOOR, CAP = 0.1, 10.0
 
 @dataclass(frozen=True)
 class Curvature:
-    """A validated file, closed, with the mean of each tensor."""
+    """A validated file, closed, with the mean of each tensor. Where a submodel was compensated it describes the scaled
+    weights; that of the weights without factors, which are merged, is factor^2 times as much."""
 
     file: SafetensorsFile
+    index_map: IndexMap
     means: dict[str, float]
     sha256: str
 
@@ -40,7 +42,7 @@ class Curvature:
 
     def relative(self, name: str, first: int, last: int) -> Floats:
         """Curvature of rows over the tensor's mean, within `FLOOR` and `CAP`; 1 where the whole tensor has none."""
-        rows = self.file.read_rows(name, first, last).astype(np.float64)
+        rows = _unscaled(self.file.read_rows(name, first, last), self.index_map.tensors[name], first, last)
         mean = self.means[name]
         return np.clip(rows / mean, FLOOR, CAP) if mean > 0 else np.ones_like(rows)
 
@@ -48,14 +50,11 @@ class Curvature:
 def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap) -> Curvature:
     """Read and check a client's curvature.
 
+    Args: index_map: with the factors that are taken out of the submodel before it is merged.
     Raises: InputError: there is none, or it does not have the submodel's weights, or numbers that are negative or not
         finite.
     """
-    wanted = {
-        name
-        for name, entry in index_map.tensors.items()
-        if entry.dtype in FLOATS and name.rpartition(".")[2] not in STATISTICS
-    }
+    wanted = weights_of(index_map)
     path = folder / CURVATURE
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; `cahfp train --curvature` writes it, or choose another rule.")
@@ -75,11 +74,20 @@ def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap)
             for first, last in row_blocks(info):
                 block = file.read_rows(info.name, first, last)
                 digest.update(raw_bytes(block))
-                rows = block.astype(np.float64).reshape(max(1, last - first), -1)
+                rows = _unscaled(block, index_map.tensors[info.name], first, last).reshape(max(1, last - first), -1)
                 if not np.isfinite(rows).all() or (rows < 0).any():
                     raise InputError(
                         f"{path}: tensor {shown(info.name)} holds a curvature that is negative or not finite."
                     )
                 sums += rows.sum(axis=1).tolist()
             means[info.name] = math.fsum(sums) / max(1, math.prod(info.shape))
-    return Curvature(file, means, digest.hexdigest())
+    return Curvature(file, index_map, means, digest.hexdigest())
+
+
+def _unscaled(rows: Array, entry: TensorMap, first: int, last: int) -> Floats:
+    factors = entry.factors
+    if factors and factors[0] is not None:
+        factors = (factors[0][first:last], *factors[1:])
+    product = factor_product(factors)
+    found = rows.astype(np.float64)
+    return found if product is None else found * product**2

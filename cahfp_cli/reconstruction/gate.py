@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import file_sha256, row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array, raw_bytes
+from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest, raw_bytes
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
 from cahfp_cli.checkpoint.sharded import Tensors
@@ -19,8 +19,8 @@ from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, Indices, check_against, listed, read_index_map, selector
 
 MEAN, VARIANCE, COUNTER = "running_mean", "running_var", "num_batches_tracked"
-HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 20, 4096
-"""What a file may have beside its elements."""
+HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 17, 2048
+"""What a file may have beside its elements; a header takes thirty times its size once it is parsed."""
 MOST_BATCHES = 2**53
 
 
@@ -85,13 +85,13 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         int(np.prod(entry.submodel_shape, dtype=np.float64)) * checkpoint.tensors[name].itemsize
         for name, entry in index_map.tensors.items()
     )
-    _check_size(folder / TENSORS, elements, checkpoint)
-    with open_safetensors(folder / TENSORS) as file:
+    with open_safetensors(folder / TENSORS, elements + header_bytes(checkpoint)) as file:
         metadata = read_metadata(file, SubmodelMetadata)
         _check_digest(file.path, metadata.checkpoint, digest, checkpoint)
         _check_tensors(file, index_map)
         sha256 = _check_contents(file)
         _check_integers(file, index_map, checkpoint)
+        _check_statistics(file, index_map, checkpoint)
     return Upload(file, index_map, metadata, {TENSORS: sha256, INDEX_MAP: file_sha256(map_path)})
 
 
@@ -104,11 +104,9 @@ def _own_map(maps: Path, folder: Path) -> Path:
     raise InputError(f"{folder}: {maps} has no index map of it, neither {name}/{INDEX_MAP} nor {name}.safetensors.")
 
 
-def _check_size(path: Path, elements: int, checkpoint: Tensors) -> None:
-    """Before a byte is decoded: `elements` bytes of numbers, and a header of tensors' names and our record."""
-    most = elements + HEADER_BYTES + HEADER_BYTES_A_TENSOR * len(checkpoint.tensors)
-    if path.is_file() and path.stat().st_size > most:
-        raise InputError(f"{path}: it has {path.stat().st_size:,} bytes, but no more than {most:,} can be in it.")
+def header_bytes(checkpoint: Tensors) -> int:
+    """What a file of these tensors may have beside their elements."""
+    return HEADER_BYTES + HEADER_BYTES_A_TENSOR * len(checkpoint.tensors)
 
 
 def _check_digest(path: Path, found: str, digest: str, checkpoint: Tensors) -> None:
@@ -182,4 +180,24 @@ def _check_integers(file: SafetensorsFile, index_map: IndexMap, checkpoint: Tens
             raise InputError(
                 f"{file.path}: integer tensor {shown(name)} differs from the global checkpoint's, and integers are not "
                 "averaged.\nSend it back as it was, or leave this client out."
+            )
+
+
+def _check_statistics(file: SafetensorsFile, index_map: IndexMap, checkpoint: Tensors) -> None:
+    """Pooling variances squares the distances between means, so that one client's mean could make the result too large
+    for its dtype. The distance between two clients is at most twice the larger of theirs to the global mean."""
+    for name, entry in index_map.tensors.items():
+        mean = mean_of(name, checkpoint.tensors)
+        if mean is None:
+            continue
+        rows = file.tensors[name].rows
+        own, variance = (file.read_rows(tensor, 0, rows).astype(np.float64) for tensor in (mean, name))
+        info = checkpoint.tensors[mean]
+        sent = checkpoint.read_rows(mean, 0, info.rows)[selector(entry.axes, info.shape)].astype(np.float64)
+        with np.errstate(over="ignore"):
+            most = 4 * (own - sent) ** 2 + variance
+        if np.any(most > largest(entry.dtype)):
+            raise InputError(
+                f"{file.path}: pooled around its running mean, tensor {shown(name)} has numbers too large for "
+                f"{entry.dtype}; train it again."
             )

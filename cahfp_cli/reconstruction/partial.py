@@ -8,6 +8,7 @@ at the root give what all clients at once would have given, up to the rounding o
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, listed
-from cahfp_cli.reconstruction.gate import check_block
+from cahfp_cli.reconstruction.gate import check_block, header_bytes
 from cahfp_cli.reconstruction.rules import Floats
 
 VALUE, WEIGHT, COUNT = "value", "weight", "count"
+ELEMENT_BYTES = 8 + 8 + 4
+"""Of a value, a weight and a count."""
 ROUNDING = 1e-9
 """What a sum of weights may be off, as a share."""
 
@@ -99,7 +102,8 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
 
     Raises: InputError: it is not one, of another checkpoint, or its tensors do not fit together.
     """
-    with open_safetensors(path) as file:
+    elements = sum(math.prod(info.shape) * ELEMENT_BYTES for info in checkpoint.tensors.values())
+    with open_safetensors(path, elements + 3 * header_bytes(checkpoint)) as file:
         metadata = read_metadata(file, PartialMetadata)
         if metadata.checkpoint != digest:
             raise InputError(

@@ -24,9 +24,10 @@ class Sums:
 
     previous: the global checkpoint's values, of the block's shape.
     weighted: sum of n_k * w_k over the covering clients, of the block's shape.
-    covering: sum of n_k over the covering clients; of the block's shape, or broadcastable to it.
+    covering: sum of n_k over the covering clients, by classes of coordinates that the same clients hold.
     missing: sum of n_k over the other clients, exactly 0 where there are none; as `covering`.
     total: sum of n_k over all clients.
+    spread: from classes to what broadcasts against the block.
     """
 
     previous: Floats
@@ -34,6 +35,7 @@ class Sums:
     covering: Floats
     missing: Floats
     total: float
+    spread: Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,19 @@ def fill(sums: Sums) -> Floats:
     """
     if not sums.missing.any():
         return np.asarray(sums.weighted / sums.total)
-    # -0.0 is what leaves every number as it is when added, also -0.0.
-    kept = np.where(sums.missing > 0, sums.missing * sums.previous, -0.0)
-    kept += sums.weighted
-    kept /= sums.total
-    return kept
+    missing = sums.spread(sums.missing)
+    filled = missing * sums.previous
+    filled += sums.weighted
+    filled /= sums.total
+    nothing = sums.weighted == 0
+    if nothing.any():  # -0.0 + 0 * w is 0.0, but what all clients hold is not to feel w at all
+        filled = np.where(nothing & (missing == 0), sums.weighted, filled)
+    return np.asarray(filled)
 
 
 def covered(sums: Sums) -> Floats:
     """The average over the clients that hold the coordinate: w' = sum_covering n_k w_k / sum_covering n_k."""
-    return np.asarray(sums.weighted / np.where(sums.covering > 0, sums.covering, 1.0))
+    return np.asarray(sums.weighted / sums.spread(np.where(sums.covering > 0, sums.covering, 1.0)))
 
 
 def trimmed_mean(values: Floats, trim: float) -> Floats:
@@ -90,7 +95,7 @@ def median(values: Floats) -> Floats:
     ordered = np.sort(values, axis=0)
     holders = np.maximum(np.isfinite(values).sum(axis=0), 1)[None]
     low, high = (np.take_along_axis(ordered, place, axis=0)[0] for place in ((holders - 1) // 2, holders // 2))
-    return np.where(low == high, low, low + (high - low) / 2)  # keeps -0.0
+    return np.asarray(np.where(low == high, low, low + (high - low) / 2))  # keeps -0.0
 
 
 RULES = {

@@ -1,10 +1,9 @@
-"""`cahfp reconstruct` as a process: streams, exit codes, kills, and what it imports."""
+"""`cahfp reconstruct` as a process: streams, exit codes, and what it imports."""
 
 import json
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from fleet import fleet
@@ -161,59 +160,3 @@ def test_many_clients_need_few_open_files(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)),
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_a_kill_at_any_moment_leaves_the_old_output_or_the_whole_new_one(tmp_path, old):
-    it = fleet(tmp_path, 6, 3, widths=(3, 400, 300))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    output = folder / "merged.safetensors"
-    command = [sys.executable, "-c", MAIN, str(it.checkpoint), *map(str, it.folders), "-o", str(output), "--force"]
-    start = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    duration, whole = time.monotonic() - start, output.read_bytes()
-    for share in (0.6, 0.8, 0.9, 0.95):
-        output.unlink() if old is None else output.write_bytes(old)
-        killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(duration * share)
-        killed.kill()
-        killed.wait()
-        assert (output.read_bytes() if output.exists() else None) in (old, whole)
-        subprocess.run(command, check=True, capture_output=True)
-        assert output.read_bytes() == whole
-        assert list(folder.iterdir()) == [output]
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from cahfp_cli.checkpoint.metadata import Provenance
-from cahfp_cli.reconstruction.merge import reconstruct
-def wait(done, total):
-    print(done, flush=True)
-    if done >= total * float(sys.argv[1]):
-        time.sleep(60)
-checkpoint, output, *folders = map(Path, sys.argv[2:])
-reconstruct(checkpoint, folders, output, provenance=Provenance(tool="t", command="c"), on_progress=wait)
-"""
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
-def test_a_kill_in_the_middle_of_writing_leaves_no_output(tmp_path, share):
-    it = fleet(tmp_path, 6, 2)
-    folder = tmp_path / "out"
-    folder.mkdir()
-    output = folder / "merged.safetensors"
-    command = [sys.executable, "-c", SLOW, str(share), str(it.checkpoint), str(output), *map(str, it.folders)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with open_safetensors(it.checkpoint) as file:
-        total = sum(info.nbytes for info in file.tensors.values())
-    while int(writer.stdout.readline()) < total * share:
-        pass
-    assert [path.name[:20] for path in folder.iterdir()] == [".merged.safetensors."]
-    writer.kill()
-    writer.communicate()
-    assert not output.exists()
-    assert run(it.checkpoint, *it.folders, "-o", output).returncode == 0
-    assert list(folder.iterdir()) == [output]

@@ -54,7 +54,7 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
 
 
 def blocks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.merge"):
+    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.round"):
         monkeypatch.setattr(f"{module}.BLOCK_BYTES", size)
 
 

@@ -171,7 +171,7 @@ def test_large_tensors_are_merged_in_blocks_with_the_same_result(tmp_path, monke
     it = fleet(tmp_path, 8, 3, widths=(3, 40, 30))
     whole, _ = merge(it)
     calls = []
-    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.merge"):
+    for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.round"):
         monkeypatch.setattr(f"{module}.BLOCK_BYTES", 100)
     blocked, _ = merge(it, on_progress=lambda done, total: calls.append((done, total)))
     assert {name: bits(tensor) for name, tensor in blocked.items()} == {name: bits(t) for name, t in whole.items()}

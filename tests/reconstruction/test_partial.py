@@ -96,7 +96,7 @@ def test_blocks_threads_and_order_change_no_bit(tmp_path, monkeypatch, rule):
     merge(it, rule, clip="median")
     whole = (tmp_path / "merged.safetensors").read_bytes()
     for size in (1 << 20, 5000, 100):
-        for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.merge"):
+        for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.round"):
             monkeypatch.setattr(f"{module}.BLOCK_BYTES", size)
         for threads in (1, 4):
             merge(it, rule, clip="median", threads=threads, folders=it.folders[::-1])

@@ -10,10 +10,13 @@ from fleet import bits, fleet, load, merge, places, save_global
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.pruning.index_map import factor_product, gather, unscaled
+from cahfp_cli.pruning.index_map import without_factors as without
 from cahfp_cli.reconstruction.curvature import CAP, FLOOR
-from cahfp_cli.reconstruction.merge import Step
+from cahfp_cli.reconstruction.round import Step
 
 quick = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -205,6 +208,42 @@ def test_curvature_weighs_by_coordinate_but_never_a_client_as_a_whole(tmp_path):
                 below[outside] += examples * relative[inside]
         expected = np.where(below > 0, above / np.where(below > 0, below, 1), tensor)
         np.testing.assert_allclose(merged[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_curvature_of_compensated_weights_is_that_of_the_weights_without_factors(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    it = fleet(tmp_path / "a", 9, 3, compensated=True)
+    random = np.random.default_rng(0)
+    for folder, submodel in zip(it.folders, it.submodels, strict=True):
+        curvature(folder, submodel, lambda name, tensor: random.exponential(size=tensor.shape))
+    merged, _ = merge(it, "curvature")
+    # The same weights without factors, with the curvature that they have then.
+    plain = fleet(tmp_path / "b", 9, 3)
+    for number, mapping in enumerate(it.maps):
+        with_own = {
+            name: unscaled(
+                tensor, gather(it.tensors[name], without(mapping).tensors[name]), mapping.tensors[name].factors
+            )
+            if mapping.tensors[name].factors
+            else tensor
+            for name, tensor in it.submodels[number].items()
+        }
+        plain.examples[number], plain.maps[number] = it.examples[number], without(mapping)
+        rewrite(plain, number, {name: np.asarray(t, it.submodels[number][name].dtype) for name, t in with_own.items()})
+        with open_safetensors(it.folders[number] / "curvature.safetensors") as file:
+            found = {name: file.read(name) for name in file.tensors}
+        squares = {name: factor_product(mapping.tensors[name].factors) for name in found}
+        curvature(
+            plain.folders[number],
+            plain.submodels[number],
+            lambda name, tensor, found=found, squares=squares: (
+                found[name] if squares[name] is None else found[name] * squares[name] ** 2
+            ),
+        )
+    expected, _ = merge(plain, "curvature")
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fault", ["missing", "lacks", "shape", "negative", "nan", "integer"])

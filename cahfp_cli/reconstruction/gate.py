@@ -71,6 +71,8 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         NAME; the client's own copy is then not even opened.
     Raises: InputError: anything in it is not as it was sent out, but for the numbers.
     """
+    if not folder.exists():
+        raise InputError(f"{folder}: there is no such file or folder.")
     if not folder.is_dir():
         raise InputError(f"{folder}: it is not a folder; a submodel folder, as `cahfp prune` writes it, is expected.")
     map_path = folder / INDEX_MAP if maps is None else _own_map(maps, folder)

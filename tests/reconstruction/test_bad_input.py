@@ -62,7 +62,7 @@ FAULTS = {
     "no index map": (map_file, "no such file", lambda it: map_file(it).unlink()),
     "no folder": (
         lambda it: it.folders[1],
-        "not a folder",
+        "no such file or folder",
         lambda it: it.folders[1].rename(it.folders[1].parent / "x"),
     ),
     "submodel cut in its header": (submodel, "cut short", lambda it: os.truncate(submodel(it), 100)),

@@ -52,6 +52,7 @@ def test_the_same_command_gives_the_same_bytes_and_a_table(made: tuple[Path, Don
         assert word in again.stdout
 
 
+@pytest.mark.slow
 def test_without_data_labels_are_not_read_and_fp32_adds_nothing(fleet: Fleet, tmp_path: Path) -> None:
     prune(fleet, tmp_path / "n100", "--profile", "n100", "--dtype", "fp32", "--dtype", "int8")
     folder = tmp_path / "n100" / "intel-n100"

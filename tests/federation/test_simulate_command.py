@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.conftest import COMMAND, environment, run, run_well
 from tests.federation.small import TOML, write_toml
@@ -33,6 +34,7 @@ def test_the_command_writes_metrics_a_summary_figures_and_one_report(tmp_path: P
     assert run("simulate", toml, "-o", output, "--resume").code == 3
 
 
+@pytest.mark.slow
 def test_a_command_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     toml = write_toml(tmp_path / "e.toml", TOML.replace("rounds = 2", "rounds = 6").replace('"heterofl", ', ""))
     run_well("simulate", toml, "-o", tmp_path / "whole", "--threads", "1")

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
     from cahfp_cli.federation.experiment import Experiment
     from cahfp_cli.federation.simulation import Run
 
+BACKENDS = ("local", "flower")
 COLUMNS = ("method", "global, %", "as left, %", "deployed, %", "tuned, %", "uploaded, MB", "client TFLOP", "seconds")
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
     "round": ("round", lambda row: row["round"], False),
@@ -27,6 +29,12 @@ def simulate(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Run clients in this process (local) or as nodes of Flower (flower).")
+    ] = "local",
+    deadline: Annotated[
+        float, typer.Option("--deadline", min=1, help="Seconds that a node of Flower has to answer.")
+    ] = 600.0,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -36,6 +44,8 @@ def simulate(
 
     console = Console(json, quiet)
     check_there(experiment)
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend {backend!r}: use one of {', '.join(BACKENDS)}.")
 
     from cahfp_cli.federation.experiment import read_experiment
     from cahfp_cli.federation.simulation import SUMMARY, summary
@@ -56,7 +66,13 @@ def simulate(
                 f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
             )
 
-    runs = run(asked, output, provenance("simulate", {}, [experiment]), resume=resume, on_round=committed)
+    source = provenance("simulate", {}, [experiment])
+    if backend == "flower":
+        from cahfp_cli.federation.flower.engine import simulate_on_flower
+
+        runs = simulate_on_flower(asked, output, source, deadline=deadline, resume=resume, on_round=committed)
+    else:
+        runs = run(asked, output, source, resume=resume, on_round=committed)
     found = summary(asked, runs)
     write_figures(asked, runs, found, output)
     text = "\n\n".join(f"{p}\n{table(COLUMNS, rows_of(found, p))}" for p in asked.partitions)
@@ -88,8 +104,6 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
     Raises: UsageError: there is no matplotlib.
     """
     from importlib.util import find_spec
-
-    from cahfp_cli.errors import UsageError
 
     if find_spec("matplotlib") is None:
         raise UsageError("figures need matplotlib: pip install 'cahfp[plots]', then run again with --resume.")

@@ -66,7 +66,12 @@ def simulate(
                     on_round(partition, method, seed, row)
 
                 runs.append(
-                    Run(partition, method, seed, tuple(run(setting, method, start, folder, fleet or LocalClients(trainer), committed)))
+                    Run(
+                        partition,
+                        method,
+                        seed,
+                        tuple(run(setting, method, start, folder, fleet or LocalClients(trainer), committed)),
+                    )
                 )
     write_text(output / METRICS, "".join(json.dumps(line) + "\n" for line in lines(runs)))
     write_text(output / SUMMARY, json.dumps(summary(experiment, runs), indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,7 @@
 """`cahfp simulate`: federated rounds of several methods on equal terms, on one machine."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,8 @@ def simulate(
     check_there(experiment)
     if backend not in BACKENDS:
         raise UsageError(f"no backend {backend!r}: use one of {', '.join(BACKENDS)}.")
+    if find_spec("matplotlib") is None:  # said before hours of rounds, not after them
+        raise UsageError("figures need matplotlib: pip install 'cahfp[plots]'.")
 
     from cahfp_cli.federation.experiment import read_experiment
     from cahfp_cli.federation.simulation import SUMMARY, summary
@@ -99,15 +102,7 @@ def rows_of(found: Json, partition: str) -> list[list[str]]:
 
 
 def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, output: Path) -> None:
-    """The figures, each as a PNG, and all of them with the tables in `report.html`.
-
-    Raises: UsageError: there is no matplotlib.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib: pip install 'cahfp[plots]', then run again with --resume.")
-
+    """The figures, each as a PNG, and all of them with the tables in `report.html`."""
     from cahfp_cli.federation.simulation import folder_name, write_text
     from cahfp_cli.plots.curves import draw_curves
     from cahfp_cli.plots.figure_file import save_figure

@@ -12,7 +12,6 @@ from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
 
-
 REPLIES = ".replies-"
 """How the names of folders begin that hold replies while they are merged."""
 

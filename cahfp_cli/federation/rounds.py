@@ -25,7 +25,7 @@ from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.selections import Hysteresis, Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.models.checkpoint_io import to_tensor
+from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.significance.registry import find_criterion
 from cahfp_cli.training.sgd import TrainOptions
@@ -49,11 +49,12 @@ class Outcome:
 
 
 def load_global(setting: Setting, checkpoint: Path) -> dict[str, Array]:
-    """Put a checkpoint's values into the setting's network; returns them too."""
+    """Put a checkpoint's values into the setting's network; returns them too. Raises: InputError: it is of another."""
     with open_safetensors(checkpoint) as file:
         arrays = {name: file.read(name) for name in file.tensors}
     tensors = {name: to_tensor(array.copy()) for name, array in arrays.items()}
-    setting.common.network.load_state_dict(tensors, strict=False)
+    check_tensors(checkpoint, tensors, setting.common.network)
+    setting.common.network.load_state_dict(tensors, strict=False)  # complete up to tied names: check_tensors saw to it
     return arrays
 
 

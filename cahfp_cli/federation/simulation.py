@@ -50,8 +50,10 @@ def simulate(
     Raises: UsageError, InputError, BudgetError: see `setting.prepare`; InputError: `output` exists without `resume`, or
         holds another experiment.
     """
-    claim(output, experiment, resume)
+    check_output(output, experiment, resume)
     common = prepare(experiment, provenance)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / EXPERIMENT, recorded(experiment))
     runs = []
     for seed in experiment.seeds:
         start = output / f"start-seed{seed}.safetensors"
@@ -78,17 +80,22 @@ def simulate(
     return tuple(runs)
 
 
-def claim(output: Path, experiment: Experiment, resume: bool) -> None:
-    """Make the folder, or check that it holds the same experiment."""
-    record, text = output / EXPERIMENT, experiment.model_dump_json(indent=2) + "\n"
+def recorded(experiment: Experiment) -> str:
+    """The experiment as the folder records it, defaults included."""
+    return experiment.model_dump_json(indent=2) + "\n"
+
+
+def check_output(output: Path, experiment: Experiment, resume: bool) -> None:
+    """Raises: InputError: the folder exists without `resume`, or holds anything but the same experiment."""
+    record = output / EXPERIMENT
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: it is a file, not a folder; name another output.")
     if output.exists() and not resume:
         raise InputError(f"{output} exists: pass --resume to go on with it, or name another folder.")
-    if record.exists() and record.read_text() != text:
+    if record.exists() and record.read_text() != recorded(experiment):
         raise InputError(f"{output}: it holds another experiment; name another folder, or go back to its file.")
     if output.exists() and not record.exists() and any(output.iterdir()):
         raise InputError(f"{output}: it holds no {EXPERIMENT}, so it is not an output of cahfp simulate.")
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(record, text)
 
 
 def folder_name(partition: str) -> str:

@@ -65,7 +65,10 @@ def simulate_on_flower(
         server.main()(main)
         clients = make_client_app(lambda context: text, threads)
         cores = max(1, min(threads, os.cpu_count() or 1))
-        resources = {"client_resources": {"num_cpus": cores, "num_gpus": 0.0}}
+        resources = {
+            "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
+            "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
+        }
         run_simulation(server, clients, experiment.clients, backend_config=resources)
     return tuple(runs)
 

@@ -14,7 +14,6 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'cahfp[
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.client import Reply, Task, train_client
 from cahfp_cli.federation.experiment import Experiment
@@ -225,6 +224,21 @@ def test_a_node_that_names_no_client_or_one_that_is_taken_has_no_part(silent: di
             assert finals(output) == silent
 
 
+def test_a_node_that_goes_is_left_out_and_takes_part_again_when_it_is_back(tmp_path: Path) -> None:
+    asked = experiment(clients_per_round=6, methods=["heterofl"])
+    grid = InProcessGrid(make_client_app(lambda context: asked.model_dump_json()), asked.clients)
+    node, client = next(iter(grid.nodes.items()))
+
+    def on_round(partition: str, method: str, seed: int, row: dict[str, Any]) -> None:
+        grid.nodes.pop(node, None)
+        if row["round"] == 2:
+            grid.nodes[node] = client
+
+    fleet = FlowerClients(grid, deadline=5, joining=0)
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, fleet=fleet, on_round=on_round)
+    assert [row["dropped"] for row in run.rows] == [{}, {str(client): "not connected"}, {}]
+
+
 def test_unsound_scores_leave_no_trace(tmp_path: Path) -> None:
     asked = experiment(rounds=1, clients_per_round=6, start={"public_epochs": 1}, data=WITH_PUBLIC)
 
@@ -273,8 +287,3 @@ def test_three_rounds_on_flowers_simulation_engine_equal_those_in_one_process(tm
     flower = simulate_on_flower(asked, tmp_path / "flower", PROVENANCE, deadline=120)
     assert finals(tmp_path / "flower") == finals(tmp_path / "local")
     assert without_seconds(flower) == without_seconds(local)
-
-
-def tensors(path: Path) -> dict[str, np.ndarray]:
-    with open_safetensors(path) as file:
-        return {name: file.read(name) for name in file.tensors}

@@ -56,7 +56,7 @@ def make_client_app(experiment: Callable[[Context], str], threads: int | None = 
         def handle(message: Message, context: Context) -> Message:
             use_threads(threads)
             try:
-                plan = read_plan(message.content[PLAN])
+                plan = read_plan(message.content.config_records[PLAN])
                 if plan.client != client_of(context):
                     raise InputError(f"this is client {client_of(context)}, not {plan.client}.")
                 found = answer(setting_of(experiment(context), plan.partition, plan.seed), plan, message.content)
@@ -97,7 +97,7 @@ def answer_train(setting: Setting, plan: Plan, content: RecordDict) -> RecordDic
 def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
     """The task as the server cut it. Raises: InputError: the tensors in the message are not those of the plan."""
     common = setting.common
-    sent = unpacked(content[ARRAYS], size_of(common))
+    sent = unpacked(content.array_records[ARRAYS], size_of(common))
     full = state_arrays(common.network)
     if not sent.keys() <= full.keys():
         raise InputError(f"this network has no tensor {sorted(sent.keys() - full.keys())[0]!r}.")
@@ -113,7 +113,7 @@ def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
 
 def answer_score(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
     network = setting.common.network
-    load(network, unpacked(content[ARRAYS], size_of(setting.common)))
+    load(network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
     found = score_client(setting, plan.number, plan.client, plan.criterion).astype(np.float32)
     return RecordDict({ARRAYS: packed({SIGNIFICANCE: found})})
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def simulate_on_flower(
         server.main()(main)
         clients = make_client_app(lambda context: text, threads)
         cores = max(1, min(threads, os.cpu_count() or 1))
-        resources = {
+        resources: dict[str, Any] = {
             "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
             "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
         }

@@ -6,9 +6,10 @@ Whatever a node sends, or if it sends nothing until the deadline, the round goes
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from cahfp_cli.errors import first_line
@@ -70,7 +71,9 @@ class FlowerClients:
     def score(
         self, setting: Setting, number: int, clients: Sequence[int], criterion: str
     ) -> Iterator[tuple[int, Floats | str]]:
-        network = packed(state_arrays(setting.common.network)) if clients else None
+        if not clients:
+            return
+        network = packed(state_arrays(setting.common.network))
         plans = [Plan(setting.partition, setting.seed, number, c, "", criterion=criterion) for c in clients]
         answers = self.ask(setting, f"query.{SCORE}", ((plan, question(plan, network)) for plan in plans))
         most = np.dtype(np.float32).itemsize * setting.common.analysis.groups.count
@@ -138,14 +141,14 @@ def plan_of(setting: Setting, task: Task) -> Plan:
     )
 
 
-def question(plan: Plan, arrays: object) -> RecordDict:
+def question(plan: Plan, arrays: ArrayRecord) -> RecordDict:
     return RecordDict({PLAN: plan.record(), ARRAYS: arrays})
 
 
 def claimed(reply: Message) -> int | None:
     """Which client a node says it is; None where it says nothing of use."""
     try:
-        client = reply.content[METRICS][CLIENT]
+        client = reply.content.metric_records[METRICS][CLIENT]
     except Exception:  # an error, or whatever a node sent
         return None
     return client if isinstance(client, int) else None
@@ -165,14 +168,14 @@ def read_reply(content: RecordDict, task: Task) -> Reply | str:
     """What a client sent; the gate of the round looks at what it says."""
     most = sum(array.nbytes for array in trained_arrays(task.model, task.index_map).values())
     try:
-        metrics = content[METRICS]
-        return Reply(unpacked(content[ARRAYS], most), metrics[EXAMPLES], metrics[LOSS])
+        metrics: Any = content.metric_records[METRICS]  # whatever a client sent
+        return Reply(unpacked(content.array_records[ARRAYS], most), metrics[EXAMPLES], metrics[LOSS])
     except Exception as error:  # whatever a client sent
         return f"its reply cannot be read: {first_line(error)[:LONGEST]}"
 
 
 def read_scores(content: RecordDict, most: int) -> Floats | str:
     try:
-        return np.asarray(unpacked(content[ARRAYS], most)[SIGNIFICANCE].astype(np.float64))
+        return np.asarray(unpacked(content.array_records[ARRAYS], most)[SIGNIFICANCE].astype(np.float64))
     except Exception as error:  # whatever a client sent
         return f"its scores cannot be read: {first_line(error)[:LONGEST]}"

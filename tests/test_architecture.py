@@ -112,6 +112,14 @@ def test_core_neither_prints_nor_knows_of_the_command_line(name: str) -> None:
                 assert ast.unparse(node) not in ("sys.stdout", "sys.stderr", "sys.exit"), path
 
 
+def test_only_rounds_over_flower_import_flower_and_nothing_imports_those_eagerly() -> None:
+    for path in FILES:
+        inside = "flower" in path.relative_to(PACKAGE).parts
+        for name, eager in imports(path):
+            assert inside or name.partition(".")[0] not in ("flwr", "ray"), f"{path} imports {name}"
+            assert inside or not eager or not name.startswith("cahfp_cli.federation.flower"), f"{path} imports {name}"
+
+
 def test_commands_do_not_import_one_another_and_share_only_options_and_networks() -> None:
     for path in (PACKAGE / "commands").glob("*.py"):
         for name, _ in imports(path):

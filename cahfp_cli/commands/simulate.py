@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cahfp_cli.federation.experiment import Experiment
     from cahfp_cli.federation.simulation import Run
 
+BACKENDS = ("local", "flower")
 COLUMNS = ("method", "global, %", "as left, %", "deployed, %", "tuned, %", "uploaded, MB", "client TFLOP", "seconds")
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
     "round": ("round", lambda row: row["round"], False),
@@ -29,6 +30,12 @@ def simulate(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", help="Run clients in this process (local) or as nodes of Flower (flower).")
+    ] = "local",
+    deadline: Annotated[
+        float, typer.Option("--deadline", min=1, help="Seconds that a node of Flower has to answer.")
+    ] = 600.0,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -38,6 +45,8 @@ def simulate(
 
     console = Console(json, quiet)
     check_there(experiment)
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend {backend!r}: use one of {', '.join(BACKENDS)}.")
     if find_spec("matplotlib") is None:  # said before hours of rounds, not after them
         raise UsageError("figures need matplotlib: pip install 'cahfp[plots]'.")
 
@@ -60,7 +69,13 @@ def simulate(
                 f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
             )
 
-    runs = run(asked, output, provenance("simulate", {}, [experiment]), resume=resume, on_round=committed)
+    source = provenance("simulate", {}, [experiment])
+    if backend == "flower":
+        from cahfp_cli.federation.flower.engine import simulate_on_flower
+
+        runs = simulate_on_flower(asked, output, source, deadline=deadline, resume=resume, on_round=committed)
+    else:
+        runs = run(asked, output, source, resume=resume, on_round=committed)
     found = summary(asked, runs)
     write_figures(asked, runs, found, output)
     text = "\n\n".join(f"{p}\n{table(COLUMNS, rows_of(found, p))}" for p in asked.partitions)

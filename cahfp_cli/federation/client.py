@@ -10,6 +10,7 @@ from torch import nn
 
 from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.federation.memory import Mask
 from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import trained_arrays
 from cahfp_cli.training.sgd import TrainOptions, steps_per_epoch, train
@@ -21,15 +22,18 @@ CPU = torch.device("cpu")
 class Task:
     """What a client gets: the compact network, what it holds of the global one, its own data, how to train.
 
-    rates: for each convolution to scale in training, by module name, its share of the full width.
+    mask: the channel groups that the network keeps, boolean (groups,). scaler: whether narrowed convolutions are scaled
+    in training; rates: for each of those, by module name, its share of the full width.
     """
 
     client: int
     number: int
+    mask: Mask
     model: nn.Module
     index_map: IndexMap
     data: Dataset
     options: TrainOptions
+    scaler: bool
     rates: Mapping[str, float]
 
 

@@ -12,6 +12,8 @@ from cahfp_cli.pruning.index_map import IndexMap
 
 MOST_EXAMPLES = 10**9
 """No device has more samples; a client that says so wants to be all of the average."""
+MOST_LOSS = 1e6
+"""A mean loss in nats that no training which went well has."""
 MOST_SIGNIFICANCE = 1e3
 """Scores beyond so many times the median say nothing more, and would rule the moving average."""
 
@@ -23,6 +25,9 @@ def fault_of(reply: Reply, index_map: IndexMap) -> str | None:
         return "num_examples is not a whole number"
     if not 1 <= reply.num_examples <= MOST_EXAMPLES:
         return f"num_examples is {reply.num_examples}, not within 1 and {MOST_EXAMPLES}"
+    loss: Any = reply.loss
+    if not isinstance(loss, float | np.floating) or not 0 <= loss <= MOST_LOSS:
+        return f"its loss is not within 0 and {MOST_LOSS:.0f}"
     if reply.arrays.keys() != index_map.tensors.keys():
         return f"its tensors are not those it was sent: {sorted(reply.arrays.keys() ^ index_map.tensors.keys())[0]!r}"
     return next(filter(None, (_fault_of_tensor(name, reply.arrays, index_map) for name in index_map.tensors)), None)

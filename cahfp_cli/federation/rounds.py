@@ -1,7 +1,7 @@
 """One round: choose clients and masks, cut, train, look at the replies, merge."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.coupling.analysis import check_slice
 from cahfp_cli.device.derived import BACKWARD
 from cahfp_cli.errors import InputError
-from cahfp_cli.federation.client import Task, Trainer, rates_of, samples_seen
+from cahfp_cli.federation.client import Task, rates_of, samples_seen
+from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.gate import checked_scores, fault_of
 from cahfp_cli.federation.memory import NEVER, Mask, Memory
@@ -26,7 +27,6 @@ from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
 from cahfp_cli.pruning.submodel import make_index_map
-from cahfp_cli.significance.measure import Measuring, measure, subset
 from cahfp_cli.significance.registry import find_criterion
 from cahfp_cli.training.sgd import TrainOptions
 
@@ -69,7 +69,7 @@ def situation_of(
 
 
 def run_round(
-    setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory, output: Path, trainer: Trainer
+    setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory, output: Path, fleet: Clients
 ) -> Outcome:
     """Run round `number` (0, 1, ...) from the global `checkpoint` to the new one, `output`.
 
@@ -82,19 +82,24 @@ def run_round(
     if not eligible.any():
         raise InputError("fedavg-strong: no device of the fleet holds the whole network; leave this method out.")
     clients = picked(len(eligible), experiment.clients_per_round, eligible, setting.seed, number)
-    memory, uploaded, flops = with_scores(setting, method, number, clients.tolist(), memory)
+    memory, uploaded, flops = with_scores(setting, method, number, clients.tolist(), memory, fleet)
+    masks: dict[int, Mask] = {}
     dropped: dict[int, str] = {}
     contributions: list[Contribution] = []
     losses: list[tuple[int, float]] = []
     for client in clients.tolist():
-        mask = method.choose(situation_of(setting, method, number, arrays, memory), client)
-        memory = with_choice(memory, method, client, mask, number, experiment.selection.rescore_every)
-        task = make_task(setting, method, number, client, mask, arrays, digest)
-        flops += training_flops(setting, client, mask, len(task.data), task.options)
-        try:
-            reply = trainer(task)
-        except InputError as error:
-            dropped[client] = str(error).splitlines()[0]
+        masks[client] = method.choose(situation_of(setting, method, number, arrays, memory), client)
+        memory = with_choice(memory, method, client, masks[client], number, experiment.selection.rescore_every)
+
+    def tasks() -> Iterator[Task]:
+        for client, mask in masks.items():
+            yield make_task(setting, number, client, mask, arrays, digest, scaler=method.scaler)
+
+    for task, reply in fleet.train(setting, tasks()):
+        client = task.client
+        flops += training_flops(setting, client, task.mask, len(task.data), task.options)
+        if isinstance(reply, str):
+            dropped[client] = reply
             continue
         fault = fault_of(reply, task.index_map)
         if fault is not None:
@@ -114,12 +119,13 @@ def run_round(
 
 def make_task(
     setting: Setting,
-    method: Method,
     number: int,
     client: int,
     mask: Mask,
     arrays: Mapping[str, Array],
     digest: str,
+    *,
+    scaler: bool,
 ) -> Task:
     """Cut a client's submodel from the network, which has the values `arrays` of the checkpoint `digest`."""
     common = setting.common
@@ -127,8 +133,8 @@ def make_task(
     index_map = make_index_map(arrays, common.analysis.groups, mask, digest, rewrites)
     model = compact(common.network, common.analysis, mask)
     options = train_options(setting, derived(Purpose.TRAINING, setting.seed, number, client))
-    rates = rates_of(model, index_map) if method.scaler else {}
-    return Task(client, number, model, index_map, setting.data_of(client), options, rates)
+    rates = rates_of(model, index_map) if scaler else {}
+    return Task(client, number, mask, model, index_map, setting.data_of(client), options, scaler, rates)
 
 
 def train_options(setting: Setting, seed: int) -> TrainOptions:
@@ -154,7 +160,7 @@ def training_flops(setting: Setting, client: int, mask: Mask, samples: int, opti
 
 
 def with_scores(
-    setting: Setting, method: Method, number: int, clients: list[int], memory: Memory
+    setting: Setting, method: Method, number: int, clients: list[int], memory: Memory, fleet: Clients
 ) -> tuple[Memory, int, float]:
     """Let the clients whose scores are old score the global network on their own data.
 
@@ -165,16 +171,14 @@ def with_scores(
     if method.scoring == "none" or (setting.experiment.start.cold and number < table.rescore_every):
         return memory, uploaded, flops
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
-    for client in clients:
-        if memory.scored[client] != NEVER and number - memory.scored[client] < table.rescore_every:
-            continue
-        seed = derived(Purpose.SCORING, setting.seed, number, client)
-        data = subset(setting.data_of(client), table.samples, seed)
-        how = Measuring(interactions=False, seed=seed)
-        found = measure(common.network, common.analysis.groups, criterion, data, how).significance
-        uploaded += SCORE_BYTES * len(found)
+    old = [c for c in clients if memory.scored[c] == NEVER or number - memory.scored[c] >= table.rescore_every]
+    for client, found in fleet.score(setting, number, old, criterion.name):
+        samples = min(table.samples, len(setting.shares[client]))
         macs = float(common.devices[client].cost.full.macs)
-        flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * len(data) * (criterion.needs == "gates")
+        flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * samples * (criterion.needs == "gates")
+        if isinstance(found, str):
+            continue
+        uploaded += SCORE_BYTES * len(found)
         sound = checked_scores(found, common.analysis.groups.count)
         if sound is not None:
             memory = memory.with_score(client, sound, number, table.decay)

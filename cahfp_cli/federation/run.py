@@ -19,7 +19,7 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.assessment import assess, renew_statistics
-from cahfp_cli.federation.client import Trainer
+from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.memory import Memory
 from cahfp_cli.federation.merging import REPLIES
 from cahfp_cli.federation.methods import METHODS
@@ -37,7 +37,7 @@ def run(
     name: str,
     start: Path,
     folder: Path,
-    trainer: Trainer,
+    fleet: Clients,
     on_round: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Run the method `name` from the checkpoint `start`, or go on where `folder` has a committed round.
@@ -57,7 +57,7 @@ def run(
     for number in range(len(rows), experiment.rounds):
         started = time.perf_counter()
         before, after = global_of(folder, number), global_of(folder, number + 1)
-        outcome = run_round(setting, method, number, before, memory, after, trainer)
+        outcome = run_round(setting, method, number, before, memory, after, fleet)
         memory = outcome.memory
         row: Row = {
             "round": number + 1,

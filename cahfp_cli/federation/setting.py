@@ -55,6 +55,7 @@ class Setting:
     """One seed and one partition of an experiment. shares: the samples of each client."""
 
     common: Common
+    partition: str
     seed: int
     shares: tuple[Indices, ...]
 
@@ -94,7 +95,7 @@ def make_setting(common: Common, partition: str, seed: int) -> Setting:
     if parsed.column is not None:
         column = column_of(common.experiment.data.train, parsed.column)
     shares = split_clients(parsed, common.train.y, len(common.devices), seed, column)
-    return Setting(common, seed, shares)
+    return Setting(common, partition, seed, shares)
 
 
 def column_of(spec: str, name: str) -> NDArray[Any]:

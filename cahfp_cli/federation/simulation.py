@@ -12,6 +12,7 @@ from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.metadata import Provenance
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.client import Trainer, train_client
+from cahfp_cli.federation.clients import Clients, LocalClients
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.run import Row, run
 from cahfp_cli.federation.setting import make_setting, prepare, write_start
@@ -37,12 +38,14 @@ def simulate(
     *,
     resume: bool = False,
     trainer: Trainer = train_client,
+    fleet: Clients | None = None,
     on_round: Callable[[str, str, int, Row], None] = lambda partition, method, seed, row: None,
 ) -> tuple[Run, ...]:
     """Run every method on every partition with every seed into the folder `output`.
 
     Args:
         resume: go on with what `output` holds; else it must not exist.
+        trainer: what each client of this process does. fleet: others than those of this process.
         on_round: called after each committed round with partition, method, seed and the round's figures.
     Raises: UsageError, InputError, BudgetError: see `setting.prepare`; InputError: `output` exists without `resume`, or
         holds another experiment.
@@ -65,7 +68,12 @@ def simulate(
                     on_round(partition, method, seed, row)
 
                 runs.append(
-                    Run(partition, method, seed, tuple(run(setting, method, start, folder, trainer, committed)))
+                    Run(
+                        partition,
+                        method,
+                        seed,
+                        tuple(run(setting, method, start, folder, fleet or LocalClients(trainer), committed)),
+                    )
                 )
     write_text(output / METRICS, "".join(json.dumps(line) + "\n" for line in lines(runs)))
     write_text(output / SUMMARY, json.dumps(summary(experiment, runs), indent=2, allow_nan=False) + "\n")

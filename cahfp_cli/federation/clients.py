@@ -1,0 +1,64 @@
+"""What the server asks of the clients, and the clients of a simulation in one process."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cahfp_cli.errors import InputError, first_line
+from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
+from cahfp_cli.federation.memory import Floats
+from cahfp_cli.federation.setting import Setting
+from cahfp_cli.federation.streams import Purpose, derived
+from cahfp_cli.significance.measure import Measuring, measure, subset
+from cahfp_cli.significance.registry import find_criterion
+
+
+class Clients(Protocol):
+    """Whoever is asked answers, or why it did not is said instead. Answers come in the order of the questions, and
+    nothing in them has been looked at."""
+
+    def train(self, setting: Setting, tasks: Iterable[Task]) -> Iterator[tuple[Task, Reply | str]]:
+        """Let clients train what they are sent."""
+
+    def score(
+        self, setting: Setting, number: int, clients: Sequence[int], criterion: str
+    ) -> Iterator[tuple[int, Floats | str]]:
+        """Let clients score the global network, which the setting's network is in round `number`; (groups,) each."""
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """One after the other in this process."""
+
+    trainer: Trainer = train_client
+
+    def train(self, setting: Setting, tasks: Iterable[Task]) -> Iterator[tuple[Task, Reply | str]]:
+        for task in tasks:
+            try:
+                yield task, self.trainer(task)
+            except InputError as error:
+                yield task, first_line(error)
+
+    def score(
+        self, setting: Setting, number: int, clients: Sequence[int], criterion: str
+    ) -> Iterator[tuple[int, Floats | str]]:
+        for client in clients:
+            try:
+                yield client, score_client(setting, number, client, criterion)
+            except InputError as error:
+                yield client, first_line(error)
+
+
+def score_client(setting: Setting, number: int, client: int, criterion: str) -> Floats:
+    """What a client does when asked for scores: it measures the setting's network on some of its own samples.
+
+    Returns: float64 (groups,), rounded to float32 as it goes over the wire.
+    Raises: InputError: a score is not finite.
+    """
+    seed = derived(Purpose.SCORING, setting.seed, number, client)
+    data = subset(setting.data_of(client), setting.experiment.selection.samples, seed)
+    how = Measuring(interactions=False, seed=seed)
+    found = measure(setting.common.network, setting.common.analysis.groups, find_criterion(criterion), data, how)
+    return found.significance.astype(np.float32).astype(np.float64)

@@ -1,0 +1,50 @@
+"""The apps that a Flower app folder names as its components, for SuperLink and SuperNodes on many machines.
+
+Both read the experiment from a file: that of the run's configuration (`experiment`), or on a node that of the node's
+own, if it has one. A node's configuration says which client it is (`client`).
+"""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from cahfp_cli.federation.experiment import read_experiment
+from cahfp_cli.federation.flower.client import make_client_app
+from cahfp_cli.federation.flower.server import FlowerClients
+from cahfp_cli.federation.run import Row
+from cahfp_cli.federation.simulation import simulate
+from cahfp_cli.provenance import provenance
+from cahfp_cli.training.device import use_threads
+
+LOG = logging.getLogger("flwr")
+THREADS = 1
+"""Of the server and of each client, so that results do not depend on the machine."""
+
+
+def experiment_of(context: Context) -> str:
+    """The experiment as JSON."""
+    path = context.node_config.get("experiment", context.run_config["experiment"])
+    return read_experiment(Path(str(path))).model_dump_json()
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """Run the experiment. Its run configuration has experiment, output, resume, and in seconds joining and deadline."""
+    config = context.run_config
+    path, output = Path(str(config["experiment"])), Path(str(config["output"]))
+    use_threads(THREADS)
+
+    def committed(partition: str, method: str, seed: int, row: Row) -> None:
+        LOG.info("%s, %s, seed %d, round %d committed", partition, method, seed, row["round"])
+        for client, why in row["dropped"].items():
+            LOG.warning("round %d: client %s dropped: %s", row["round"], client, why)
+
+    fleet = FlowerClients(grid, float(config["deadline"]), float(config["joining"]))
+    resume, source = bool(config["resume"]), provenance("federate", {}, [path])
+    simulate(read_experiment(path), output, source, resume=resume, fleet=fleet, on_round=committed)
+
+
+server_app = ServerApp()
+server_app.main()(serve)
+client_app = make_client_app(experiment_of, THREADS)

@@ -1,0 +1,143 @@
+"""The client's app: it trains the submodel, or scores the network, that a message holds, on its own data.
+
+A client trusts no architecture that it is sent: it knows the experiment, makes the network itself, and cuts it by the
+mask of the plan; the message must have the tensors that then are missing, of exactly those shapes.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from cahfp_cli.checkpoint.dtypes import DTYPES, Array
+from cahfp_cli.checkpoint.metadata import Provenance
+from cahfp_cli.errors import CahfpError, InputError, first_line
+from cahfp_cli.federation.client import Task, train_client
+from cahfp_cli.federation.clients import score_client
+from cahfp_cli.federation.experiment import Experiment
+from cahfp_cli.federation.flower.protocol import (
+    ARRAYS,
+    CLIENT,
+    EXAMPLES,
+    HELLO,
+    ID,
+    LOSS,
+    METRICS,
+    PLAN,
+    SCORE,
+    SIGNIFICANCE,
+    TRAIN,
+    Plan,
+    mask_of,
+    read_plan,
+)
+from cahfp_cli.federation.flower.wire import packed, unpacked
+from cahfp_cli.federation.rounds import make_task
+from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare
+from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
+from cahfp_cli.training.device import use_threads
+
+CLIENT_KEYS = ("client", "partition-id")
+"""Where a node's own configuration says which client it is; the second is what Flower's simulation sets."""
+NO_ANSWER = 0
+Handler = Callable[[Message, Context], Message]
+
+
+def make_client_app(experiment: Callable[[Context], str], threads: int | None = None) -> ClientApp:
+    """An app whose every node is one client of an experiment.
+
+    Args: experiment: gives the experiment as JSON, and is called for every message.
+    """
+
+    def answering(answer: Callable[[Setting, Plan, RecordDict], RecordDict]) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            use_threads(threads)
+            try:
+                plan = read_plan(message.content.config_records[PLAN])
+                if plan.client != client_of(context):
+                    raise InputError(f"this is client {client_of(context)}, not {plan.client}.")
+                found = answer(setting_of(experiment(context), plan.partition, plan.seed), plan, message.content)
+            except CahfpError as error:
+                return Message(Error(NO_ANSWER, first_line(error)), reply_to=message)
+            found[PLAN] = ConfigRecord({ID: plan.id})
+            return Message(found, reply_to=message)
+
+        return handle
+
+    app = ClientApp()
+    app.query(HELLO)(hello)
+    app.train(TRAIN)(answering(answer_train))
+    app.query(SCORE)(answering(answer_score))
+    return app
+
+
+def hello(message: Message, context: Context) -> Message:
+    """Say which client this node is."""
+    return Message(RecordDict({METRICS: MetricRecord({CLIENT: client_of(context)})}), reply_to=message)
+
+
+def client_of(context: Context) -> int:
+    """The number of the node's client. Raises: InputError: its configuration says none."""
+    for key in CLIENT_KEYS:
+        if key in context.node_config:
+            return int(context.node_config[key])
+    raise InputError('this node does not say which client it is: start it with --node-config "client=0".')
+
+
+def answer_train(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
+    task = received_task(setting, plan, content)
+    reply = train_client(task)
+    metrics = MetricRecord({EXAMPLES: reply.num_examples, LOSS: reply.loss})
+    return RecordDict({ARRAYS: packed(reply.arrays), METRICS: metrics})
+
+
+def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
+    """The task as the server cut it. Raises: InputError: the tensors in the message are not those of the plan."""
+    common = setting.common
+    sent = unpacked(content.array_records[ARRAYS], size_of(common))
+    full = state_arrays(common.network)
+    if not sent.keys() <= full.keys():
+        raise InputError(f"this network has no tensor {sorted(sent.keys() - full.keys())[0]!r}.")
+    shapes = {name: blank(full[name].shape, array) for name, array in sent.items()}
+    mask = mask_of(plan.mask, common.analysis.groups.count)
+    task = make_task(setting, plan.number, plan.client, mask, shapes, plan.checkpoint, scaler=plan.scaler)
+    for name, array in sent.items():
+        if array.shape != task.index_map.tensors[name].submodel_shape:
+            raise InputError(f"{name!r} has another shape than the plan's mask gives it.")
+    load(task.model, sent)
+    return task
+
+
+def answer_score(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
+    network = setting.common.network
+    load(network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
+    found = score_client(setting, plan.number, plan.client, plan.criterion).astype(np.float32)
+    return RecordDict({ARRAYS: packed({SIGNIFICANCE: found})})
+
+
+def load(network: nn.Module, arrays: dict[str, Array]) -> None:
+    network.load_state_dict({name: to_tensor(array.copy()) for name, array in arrays.items()}, strict=False)
+
+
+def blank(shape: tuple[int, ...], like: Array) -> Array:
+    """An array of a shape and type that takes no memory."""
+    return np.broadcast_to(np.zeros((), like.dtype), shape)
+
+
+def size_of(common: Common) -> int:
+    """Bytes that the whole network has at most, whatever type the checkpoint stores it in."""
+    widest = max(dtype.itemsize for dtype in DTYPES.values())
+    return widest * sum(array.size for array in state_arrays(common.network).values())
+
+
+@lru_cache(maxsize=1)
+def common_of(experiment: str) -> Common:
+    return prepare(Experiment.model_validate_json(experiment), Provenance(tool="cahfp", command="client"))
+
+
+@lru_cache(maxsize=4)
+def setting_of(experiment: str, partition: str, seed: int) -> Setting:
+    return make_setting(common_of(experiment), partition, seed)

@@ -37,14 +37,6 @@ class Tensors(Protocol):
 
     def read_rows(self, name: str, first: int, last: int) -> Array: ...
 
-    def close(self) -> None: ...
-
-    def __enter__(self) -> "Tensors": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
@@ -69,16 +61,13 @@ class ShardedCheckpoint:
             raise InputError(f"{self.path}: it has no tensor {shown(name)}.")
         return self.shards[self.shard_of[name]].read_rows(name, first, last)
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
     def __enter__(self) -> "ShardedCheckpoint":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """Nothing is held open."""
 
 
 def open_checkpoint(path: Path) -> SafetensorsFile | ShardedCheckpoint:
@@ -137,19 +126,14 @@ def _open_sharded(path: Path) -> ShardedCheckpoint:
 
 
 def _index(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: there is no such file.")
-        with path.open("rb") as file:
-            text = file.read(MAX_INDEX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-    if len(text) > MAX_INDEX_BYTES:
-        raise InputError(f"{path}: it is larger than any index of shards.")
-    try:
-        index: dict[str, Any] = strict_json.parse(text)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}.\nCopy or make the index again.") from None
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file.")
+    index: dict[str, Any] = strict_json.read(
+        path,
+        MAX_INDEX_BYTES,
+        too_large="it is larger than any index of shards.",
+        damaged="Copy or make the index again.",
+    )
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: it has no weight_map from tensor names to shards.")

@@ -1,7 +1,10 @@
 """JSON of files that an attacker may have written: no duplicate keys, no NaN, bounded depth, and only real text."""
 
 import json
+from pathlib import Path
 from typing import Any, NoReturn
+
+from cahfp_cli.errors import InputError
 
 MAX_DEPTH = 64
 
@@ -23,6 +26,26 @@ def parse(text: bytes | str) -> Any:
         raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from None
     _check(value)
     return value
+
+
+def read(path: Path, max_bytes: int, *, too_large: str, damaged: str) -> Any:
+    """Parse a JSON file strictly.
+
+    Args: too_large, damaged: what to say of, and to do about, a file of more than `max_bytes`, and one that `parse`
+        refuses.
+    Raises: InputError: either of these, or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    if len(text) > max_bytes:
+        raise InputError(f"{path}: {too_large}")
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}.\n{damaged}") from None
 
 
 def shown(name: str) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 from cahfp_cli.checkpoint.dtypes import FLOATS, Array, dtype_code
 from cahfp_cli.federation.client import Reply
 from cahfp_cli.federation.memory import Floats
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.pruning.index_map import IndexMap, last_name
+from cahfp_cli.reconstruction.gate import VARIANCE
 
 MOST_EXAMPLES = 10**9
 """No device has more samples; a client that says so wants to be all of the average."""
@@ -48,7 +49,7 @@ def _fault_of_tensor(name: str, arrays: Mapping[str, Array], index_map: IndexMap
         return f"{name!r} is {code}, not {entry.dtype}"
     if entry.dtype in FLOATS and not np.isfinite(array).all():
         return f"{name!r} holds NaN or Inf"
-    if name.rpartition(".")[2] == "running_var" and (array < 0).any():
+    if last_name(name) == VARIANCE and (array < 0).any():
         return f"{name!r} holds a negative variance"
     return None
 

@@ -38,6 +38,16 @@ AXIS_BYTES, ENTRY_BYTES = 200, 8  # two arrays in the header; an int32 and a flo
 STATISTICS = frozenset({"running_mean", "running_var"})
 
 
+def last_name(tensor: str) -> str:
+    """What a tensor is called in its module."""
+    return tensor.rpartition(".")[2]
+
+
+def is_statistic(tensor: str) -> bool:
+    """Whether a tensor is a running mean or variance."""
+    return last_name(tensor) in STATISTICS
+
+
 @dataclass(frozen=True, eq=False)
 class TensorMap:
     """One tensor: `shape` and `dtype` (safetensors code) are those of the global checkpoint; `axes` has, per axis,
@@ -92,11 +102,7 @@ class IndexMap:
 
 def weights_of(index_map: IndexMap) -> set[str]:
     """The float tensors that are not running statistics: those that a client may report its curvature for."""
-    return {
-        name
-        for name, entry in index_map.tensors.items()
-        if entry.dtype in FLOATS and name.rpartition(".")[2] not in STATISTICS
-    }
+    return {name for name, entry in index_map.tensors.items() if entry.dtype in FLOATS and not is_statistic(name)}
 
 
 def without_factors(index_map: IndexMap) -> IndexMap:
@@ -327,7 +333,7 @@ def read_index_map(path: Path, checkpoint: Tensors | None = None) -> IndexMap:
         factors = look_up(name, FACTOR, entry.factors or ()) if isinstance(entry, TensorRecord) else ()
         try:
             if isinstance(entry, TensorRecord):
-                if factors and name.rpartition(".")[2] in STATISTICS:
+                if factors and is_statistic(name):
                     raise InputError("it has factors, but is a running statistic: only weights are scaled.")
                 tensors[name] = TensorMap(entry.shape, entry.dtype, axes, factors)
             else:

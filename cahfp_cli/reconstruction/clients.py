@@ -73,6 +73,10 @@ class Refusal:
     path: Path
     reason: str
 
+    @staticmethod
+    def of(path: Path, error: InputError) -> "Refusal":
+        return Refusal(path, " ".join(str(error).split()))
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -111,7 +115,7 @@ def read_clients(
     def refuse(path: Path, error: InputError) -> None:
         if not gate.skip_invalid:
             raise error
-        refused.append(Refusal(path, " ".join(str(error).split())))
+        refused.append(Refusal.of(path, error))
 
     for path in paths:
         try:
@@ -131,15 +135,10 @@ def read_clients(
             )
             continue
         weight = 1.0 if examples is None else float(examples)
-        clients.append(weighing(client, weight))
+        clients.append(replace(client, weight=weight, order=(*client.order[:2], weight)))
     warning = "no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."
     warnings = [warning] if len(clients) > 1 and not recorded else []
     return sorted(clients, key=lambda client: (client.order, str(client.path))), refused, warnings
-
-
-def weighing(client: Client, weight: float) -> Client:
-    """The client with this weight."""
-    return replace(client, weight=weight, order=(*client.order[:2], weight))
 
 
 def _read(
@@ -229,19 +228,14 @@ def _by_path(paths: Sequence[Path], weights: Mapping[Path, float]) -> dict[Path,
 
 def _reported_examples(folder: Path) -> int | None:
     path = folder / REPORT
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            text = file.read(MAX_REPORT_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-    if len(text) > MAX_REPORT_BYTES:
-        raise InputError(f"{path}: it is larger than any report of ours; pass --weight {folder}=N and remove it.")
-    try:
-        report: Any = strict_json.parse(text)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}.\nMake the report again, or pass --weight {folder}=N.") from None
+    if not path.is_file():
+        return None
+    report: Any = strict_json.read(
+        path,
+        MAX_REPORT_BYTES,
+        too_large=f"it is larger than any report of ours; pass --weight {folder}=N and remove it.",
+        damaged=f"Make the report again, or pass --weight {folder}=N.",
+    )
     count = report.get("num_examples") if isinstance(report, dict) else None
     if count is not None and not (is_size(count) and count > 0):
         raise InputError(f"{path}: num_examples must be a positive integer; pass --weight {folder}=N.")

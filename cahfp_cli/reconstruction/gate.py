@@ -16,7 +16,7 @@ from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, Indices, check_against, listed, read_index_map, selector
+from cahfp_cli.pruning.index_map import IndexMap, Indices, check_against, last_name, listed, read_index_map, selector
 
 MEAN, VARIANCE, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 17, 2048
@@ -47,11 +47,6 @@ def check_block(path: Path, info: TensorInfo, block: Array) -> None:
         )
     if last_name(info.name) == VARIANCE and np.any(block < 0):
         raise InputError(f"{path}: tensor {shown(info.name)} holds a negative variance; train it again.")
-
-
-def last_name(tensor: str) -> str:
-    """What a tensor is called in its module."""
-    return tensor.rpartition(".")[2]
 
 
 def mean_of(variance: str, tensors: Mapping[str, TensorInfo]) -> str | None:

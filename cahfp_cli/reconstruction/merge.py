@@ -21,9 +21,9 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.blocks import Block, Holders
-from cahfp_cli.reconstruction.clients import Client, Gate, Refusal, read_clients
+from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
 from cahfp_cli.reconstruction.gate import check_block
-from cahfp_cli.reconstruction.report import ClientReport, ReconstructionReport, RefusedReport, TensorCoverage
+from cahfp_cli.reconstruction.report import ClientReport, ReconstructionReport, TensorCoverage
 from cahfp_cli.reconstruction.round import Round, Step, check_same_tensors
 from cahfp_cli.reconstruction.rules import Rule, rule_named
 from cahfp_cli.reconstruction.updates import Update, agreement, check_update, clipped, measured
@@ -72,7 +72,7 @@ def reconstruct(
         nothing is left in its place.
     """
     chosen, step = rule_named(rule, trim), step or Step()
-    gate = Gate(skip_invalid, min_clients, maps, *([] if max_examples is None else [max_examples]))
+    gate = Gate(skip_invalid, min_clients, maps, GREATEST_WEIGHT if max_examples is None else max_examples)
     _check_options(chosen, step, partial, clip, max_update)
     with (
         open_checkpoint(global_checkpoint) as checkpoint,
@@ -123,7 +123,7 @@ def reconstruct(
         rule,
         keep_compensation,
         reports,
-        tuple(RefusedReport(one.path, one.reason) for one in refused),
+        tuple(refused),
         sum(client.members for client in clients),
         covered,
         result,
@@ -173,7 +173,7 @@ def _measured(
         except InputError as error:
             if not skip_invalid:
                 raise
-            refused.append(Refusal(client.path, " ".join(str(error).split())))
+            refused.append(Refusal.of(client.path, error))
             continue
         kept.append(client)
         updates.append(update if every else None)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -84,17 +83,6 @@ class Partial:
     def _rows(self, name: str, first: int, last: int) -> Array:
         one_for_all = self.file.tensors[name].rows == 1
         return self.file.read_rows(name, *((0, 1) if one_for_all else (first, last)))
-
-    def close(self) -> None:
-        self.file.close()
-
-    def __enter__(self) -> "Partial":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cahfp_cli.reconstruction.clients import Refusal
 from cahfp_cli.reconstruction.updates import Update
 
 
@@ -23,14 +24,6 @@ class ClientReport:
     shrink: tuple[float, float]
     update: Update | None
     agreement: float | None
-
-
-@dataclass(frozen=True)
-class RefusedReport:
-    """A client that was left out, and why."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class ReconstructionReport:
     rule: str
     keep_compensation: bool
     clients: tuple[ClientReport, ...]
-    refused: tuple[RefusedReport, ...]
+    refused: tuple[Refusal, ...]
     members: int
     tensors: tuple[TensorCoverage, ...]
     digest: str | None

@@ -12,6 +12,7 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.pruning.index_map import is_statistic
 from cahfp_cli.reconstruction.average import merge_floats, merge_integers
 from cahfp_cli.reconstruction.blocks import Block, Holders, Part
 from cahfp_cli.reconstruction.clients import Client
@@ -19,7 +20,7 @@ from cahfp_cli.reconstruction.gate import check_block, mean_of
 from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.rules import Floats, Rule
 from cahfp_cli.reconstruction.statistics import merge_variance
-from cahfp_cli.reconstruction.updates import brought, is_statistic
+from cahfp_cli.reconstruction.updates import brought
 
 STACK_BYTES = 32 << 20
 """Of the clients' values that a robust rule looks at together."""

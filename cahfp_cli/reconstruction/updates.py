@@ -13,10 +13,9 @@ from cahfp_cli.checkpoint.dtypes import FLOATS, Array
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import STATISTICS, unscaled
+from cahfp_cli.pruning.index_map import is_statistic, unscaled
 from cahfp_cli.reconstruction.blocks import Block, Part, parts_of
 from cahfp_cli.reconstruction.clients import Client
-from cahfp_cli.reconstruction.gate import last_name
 from cahfp_cli.reconstruction.rules import Floats
 
 LEAST_NORM = 1e-12
@@ -40,11 +39,6 @@ class Update:
 
     weights: Norms
     statistics: Norms
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a running mean or variance."""
-    return last_name(name) in STATISTICS
 
 
 def brought(part: Part, name: str, previous: Array, path: Path) -> Array:

@@ -8,10 +8,14 @@ with rate, bandwidth and overhead of its class. Which class an operator is in de
 kernels hold channels in vectors of `step`, computing up to its end, and take only inputs that are multiples of `hard`.
 Others fall back to slow kernels, so that 63 channels can take longer than 64. The terms are added, unlike in a roofline
 (Williams et al. 2009), which takes the larger of computing and moving: kernels overlap the two only in part.
+
+Blocked convolutions compute up to `FILTERS` blocks of outputs from each input that they load, so that one of a single
+block loads as much as one of four: loads are a term of their own. Between kernels that hold channels in blocks and
+those that do not, the channels are reordered.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +24,17 @@ from cahfp_cli.device.operators import Operator
 from cahfp_cli.device.profile import Bandwidth, DeviceProfile
 from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
-CLASSES = ("conv", "narrow", "odd", "odd_pointwise", "depthwise", "odd_depthwise", "matmul", "memory", "math")
+Bools = NDArray[np.bool_]
+
+CLASSES = ("conv", "narrow", "odd", "odd_pointwise", "depthwise", "odd_depthwise", "matmul", "pool", "memory", "math")
 """Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit,
 which are unrolled for a matrix product; odd_pointwise: the same of one tap, with nothing to unroll; depthwise and
-odd_depthwise: alike, one input an output; matmul: matrix product; memory, math: see `operators.Kind`."""
+odd_depthwise: alike, one input an output; matmul: matrix product; pool: over windows of plain channels, those of
+blocked ones only move bytes; memory, math: see `operators.Kind`."""
+FILTERS = 4
+"""Blocks of outputs that a blocked convolution computes at once."""
+FETCHED = 2
+"""Where a kernel skips taps, the memory fetches ahead in vain about as much as is read."""
 UNBLOCKED = ("odd", "odd_pointwise", "odd_depthwise")
 NUMBER = {name: number for number, name in enumerate(CLASSES)}
 
@@ -32,15 +43,18 @@ NUMBER = {name: number for number, name in enumerate(CLASSES)}
 class Quantities:
     """What the timed operators do, each float64 (batch, operators), and int64 `classes` as numbers in `CLASSES`.
 
-    operations: multiplications and additions as computed, padding included. moved: bytes of activations read and
-    written, and of the unrolled input that slow convolutions write first. reordered: bytes of inputs that come in
-    blocks and are wanted plain, or the other way round. weights: bytes that are read. calls: of kernels.
+    operations: multiplications and additions as computed, padding included. loads: of inputs by blocked convolutions,
+    each for up to `FILTERS` blocks of outputs. moved: bytes of activations read and written, and of the unrolled input
+    that slow convolutions write first. reordered: bytes of inputs that come in blocks and are wanted plain, or the
+    other way round, and reorders: how many such inputs. weights: bytes that are read. calls: of kernels.
     """
 
     classes: NDArray[np.int64]
     operations: Array
+    loads: Array
     moved: Array
     reordered: Array
+    reorders: Array
     weights: Array
     calls: Array
 
@@ -56,7 +70,10 @@ class Kernels:
         kernels want a multiple of."""
         self.timed = np.array([i for i, operator in enumerate(operators) if operator.kind != "free"], np.int64)
         position = {int(number): i for i, number in enumerate(self.timed)}
-        operators = tuple(operators[number] for number in self.timed)
+        operators = tuple(
+            replace(one, sources=tuple(None if source is None else position[source] for source in one.sources))
+            for one in (operators[number] for number in self.timed)
+        )
         one = Axis(1)
         products = [operator.product for operator in operators]
         self._kinds = np.array([operator.kind for operator in operators], dtype=np.str_)
@@ -73,14 +90,13 @@ class Kernels:
         ]
         moved = [[(size, ITEM_BYTES) for size in (*operator.reads, *operator.writes)] for operator in operators]
         weights = [[(size, ITEM_BYTES) for size in operator.weights] for operator in operators]
-        images = [[(Size(()) if not o.reads else Size(o.reads[0].axes[2:]), ITEM_BYTES)] for o in operators]
-        self._sums = Sums([*rows, *lines, *channels, *images, *moved, *weights], families)
-        self._source = np.array([-1 if o.source is None else position[o.source] for o in operators], np.int64)
+        self._sums = Sums([*rows, *lines, *channels, *moved, *weights], families)
+        self._flow = Flow(operators, families, step)
         self._convolution = np.isin(self._kinds, ("conv", "grouped", "depthwise"))
 
     def quantities(self, widths: Array) -> Quantities:
         """Of widths, float64 (batch, families)."""
-        rows, lines, inputs, contracted, outputs, images, moved, weights = np.split(self._sums(widths), 8, axis=1)
+        rows, lines, inputs, contracted, outputs, moved, weights = np.split(self._sums(widths), 7, axis=1)
         groups = inputs / np.maximum(contracted, 1.0)
         classes = self._classes(inputs, contracted, outputs, groups)
 
@@ -92,22 +108,16 @@ class Kernels:
         taps = self._taps * np.where(of(*UNBLOCKED), 1.0, self._inside)
         # A matrix product with the image along the vectors; one position is a product with a vector.
         positions = np.where(of("odd", "odd_pointwise") & (rows > 1), self._padded(rows), rows)
-        operations = np.where(of("memory", "math"), 0.0, 2 * positions * taps * deep * wide)
+        operations = np.where(of("pool", "memory", "math"), 0.0, 2 * positions * taps * deep * wide)
         unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         # Unrolling copies line after line, which on small images takes longer than what it copies.
         calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
-        reordered = np.where(self._reorders(of), images * (self._padded(inputs) + inputs), 0.0)
-        weights = weights * np.where(of(*UNBLOCKED), 1.0, self._touched)
-        return Quantities(classes, operations, moved + unrolled, reordered, weights, calls)
-
-    def _reorders(self, of: Callable[..., NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Which operators, (batch, operators), want their input in another order than it comes in."""
-        if self._step == 1 or not self._source.size:
-            return np.zeros_like(of("conv"))
-        writes_blocks = of("conv", "narrow", "depthwise")
-        comes_in_blocks = writes_blocks[:, self._source] & (self._source >= 0)
-        wants_blocks = of("conv", "depthwise")
-        return np.asarray(self._convolution & (comes_in_blocks != wants_blocks))
+        # Depthwise, a load serves the one block that it belongs to.
+        loads = np.where(of("conv", "narrow"), rows * taps * deep * np.ceil(wide / self._step / FILTERS), 0.0)
+        weights = weights * np.where(of(*UNBLOCKED), 1.0, np.minimum(1.0, FETCHED * self._touched))
+        blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
+        classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
+        return Quantities(classes, operations, loads, moved + unrolled, reordered, reorders, weights, calls)
 
     def _padded(self, channels: Array) -> Array:
         return np.asarray(np.ceil(channels / self._step) * self._step)
@@ -119,31 +129,95 @@ class Kernels:
         plain = np.where(inputs < step, NUMBER["narrow"], np.where(inputs % hard == 0, NUMBER["conv"], odd))
         whole = (contracted % step == 0) & (outputs % np.maximum(groups * step, 1) == 0)
         return np.select(
-            [kinds == "conv", kinds == "grouped", kinds == "depthwise", kinds == "matmul", kinds == "math"],
+            [kinds == kind for kind in ("conv", "grouped", "depthwise", "matmul", "pool", "math")],
             [
                 plain,
                 np.where(whole, NUMBER["conv"], odd),
                 np.where(inputs % hard == 0, NUMBER["depthwise"], NUMBER["odd_depthwise"]),
                 NUMBER["matmul"],
+                NUMBER["pool"],
                 NUMBER["math"],
             ],
             NUMBER["memory"],
         )
 
 
+class Flow:
+    """Which values come in blocks of channels, and where they are reordered: once for all kernels that want a value in
+    the other order."""
+
+    def __init__(self, operators: tuple[Operator, ...], families: int, step: int) -> None:
+        """Args: as `Kernels`; all operators are timed."""
+        self._step = step
+        self._layouts = [operator.layout for operator in operators]
+        self._sources = [
+            [-1 if source is None else source for source in operator.sources[: len(operator.reads)]]
+            for operator in operators
+        ]
+        reads = [
+            size for operator, own in zip(operators, self._sources, strict=True) for size in operator.reads[: len(own)]
+        ]
+        starts = np.cumsum([0, *map(len, self._sources)])
+        self._spans = [slice(*pair) for pair in pairwise(starts.tolist())]
+        channels = [[(Size(size.axes[1:2]), 1)] for size in reads]
+        images = [[(Size(size.axes[2:]), ITEM_BYTES if len(size.axes) > 2 else 0)] for size in reads]
+        self._sums = Sums([*channels, *images], families)
+
+    def __call__(
+        self, widths: Array, wants_blocks: Bools, takes_plain: Bools, convolution: Bools
+    ) -> tuple[Bools, Array, Array]:
+        """Of widths, float64 (batch, families).
+
+        Args: wants_blocks, takes_plain: boolean (batch, operators), of convolutions those that read blocks, and those
+            that read plain channels and write blocks; convolution: boolean (operators,).
+        Returns: which operators write blocks, boolean; bytes that are reordered before each, and how many inputs,
+            float64; all (batch, operators).
+        """
+        blocked = wants_blocks | takes_plain
+        reordered, reorders = np.zeros(blocked.shape), np.zeros(blocked.shape)
+        if self._step == 1:
+            return blocked, reordered, reorders
+        channels, images = np.split(self._sums(widths), 2, axis=1)
+        padded = np.ceil(channels / self._step) * self._step
+        size, fills = images * (channels + padded), channels == padded
+        nothing = np.zeros(len(widths), np.bool_)
+        both: dict[int, Bools] = {}  # what is there in either order already
+        for number, sources in enumerate(self._sources):
+            comes = [nothing if source < 0 else blocked[:, source] for source in sources]
+            span = self._spans[number]
+            if convolution[number]:
+                wants = wants_blocks[:, number]
+            elif self._layouts[number] == "plain" or not sources:
+                wants = nothing
+            else:
+                wants = np.logical_and.reduce(comes)
+                if self._layouts[number] == "whole":
+                    wants &= fills[:, span].all(axis=1)
+                blocked[:, number] = wants
+            for place, (source, come) in enumerate(zip(sources, comes, strict=True), span.start):
+                needed = (come != wants) & ~both.get(source, nothing)
+                both[source] = both.get(source, nothing) | needed
+                reordered[:, number] += np.where(needed, size[:, place], 0.0)
+                reorders[:, number] += needed & (size[:, place] > 0)
+        return blocked, reordered, reorders
+
+
 @dataclass(frozen=True)
 class Rates:
     """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call.
 
-    reorder: seconds a reordered byte. weight: seconds a byte of weights. streaming: seconds more for a byte that comes
-    from main memory: of the weights of the whole network, those beyond `cache` bytes, since every call walks through
-    all of them in the same order. call: seconds once a call of the network.
+    load: seconds a load of `Quantities`. reorder: seconds a reordered byte; reorder_call: seconds an input that is
+    reordered. weight: seconds a byte of weights. streaming: seconds more for a byte that comes from main memory: of the
+    weights of the whole network, those beyond `cache` bytes, since every call walks through all of them in the same
+    order. call: seconds once a call of the network.
     """
 
     operation: Array
     byte: Array
     overhead: Array
+    load: float
     reorder: float
+    reorder_call: float
     weight: float
     streaming: float
     cache: float
@@ -155,7 +229,9 @@ class Rates:
         streams = np.clip(1 - self.cache / np.maximum(total, 1.0), 0.0, 1.0)
         moving = found.moved * self.byte[found.classes] + found.reordered * self.reorder
         moving += found.weights * (self.weight + self.streaming * streams)
-        return found.operations * self.operation[found.classes], moving, found.calls * self.overhead[found.classes]
+        computing = found.operations * self.operation[found.classes] + found.loads * self.load
+        starting = found.calls * self.overhead[found.classes] + found.reorders * self.reorder_call
+        return computing, moving, starting
 
 
 def rates_of(profile: DeviceProfile) -> Rates:
@@ -170,11 +246,14 @@ def rates_of(profile: DeviceProfile) -> Rates:
             same * profile.overheads.operator.si,
             0.0,
             0.0,
+            0.0,
+            0.0,
             1 / profile.memory.reached,
             cache,
             profile.overheads.call.si,
         )
-    classes = [getattr(measured, name) for name in CLASSES]
+    # Profiles from before pools were timed apart have them among what moves bytes.
+    classes = [getattr(measured, name) or measured.memory for name in CLASSES]
 
     def seconds_a_byte(bandwidth: Bandwidth | None) -> float:
         return 0.0 if bandwidth is None else 1 / bandwidth.si
@@ -183,7 +262,9 @@ def rates_of(profile: DeviceProfile) -> Rates:
         np.array([0.0 if one.rate is None else 1 / one.rate.si for one in classes]),
         np.array([seconds_a_byte(one.bandwidth) for one in classes]),
         np.array([one.overhead.si for one in classes]),
+        0.0 if measured.loads is None else 1 / measured.loads.si,
         seconds_a_byte(measured.reorder),
+        0.0 if measured.reorder_overhead is None else measured.reorder_overhead.si,
         seconds_a_byte(measured.weights),
         seconds_a_byte(measured.streaming),
         cache,

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from cahfp_cli.device.operators import Kind, Operator, Product
+from cahfp_cli.device.operators import Kind, Layout, Operator, Product
 from cahfp_cli.device.sizes import Axis, Size
 from cahfp_cli.device.workload import share_touched, taps_inside
 
@@ -78,7 +78,9 @@ class Chain:
         )
         self._add("Conv", out, [weights, (outputs,)], group=groups, **options)
         self.operators.append(
-            Operator("conv", kind, (fixed(*self.shape),), (fixed(*out),), (fixed(*weights),), product, self._source())
+            Operator(
+                "conv", kind, (fixed(*self.shape),), (fixed(*out),), (fixed(*weights),), product, (self._source(),)
+            )
         )
         self.shape = out
         self._add("Relu", out, [])
@@ -97,7 +99,7 @@ class Chain:
                 (fixed(*out),),
                 (fixed(inputs, outputs),),
                 product,
-                self._source(),
+                (self._source(),),
             )
         )
         self.shape = out
@@ -106,40 +108,40 @@ class Chain:
         """The sum of the last output with itself."""
         self._nodes.append(helper.make_node("Add", [self._last, self._last], [f"y{len(self._nodes)}"]))
         self._last = self._nodes[-1].output[0]
-        size = fixed(*self.shape)
-        self.operators.append(Operator("add", "memory", (size, size), (size,)))
+        size, source = fixed(*self.shape), self._source()
+        self.operators.append(Operator("add", "memory", (size, size), (size,), sources=(source,) * 2, layout="same"))
 
     def block(self, outputs: int) -> None:
         """Two convolutions and their sum with what they started from, as in a residual network."""
-        start, source = self._last, self._source()
+        start, before = self._last, self._source()
         self.conv(Conv(outputs))
         self.conv(Conv(outputs))
         self._nodes.append(helper.make_node("Add", [self._last, start], [f"y{len(self._nodes)}"]))
         self._last = self._nodes[-1].output[0]
         size = fixed(*self.shape)
-        self.operators.append(Operator("add", "memory", (size, size), (size,), source=source))
+        sources = (self._source(), before)
+        self.operators.append(Operator("add", "memory", (size, size), (size,), sources=sources, layout="same"))
         self._add("Relu", self.shape, [])
 
     def pool(self) -> None:
         """The maximum over windows of 2x2."""
         out = (*self.shape[:2], *(length // 2 for length in self.shape[2:]))
         self._add("MaxPool", out, [], kernel_shape=(2, 2), strides=(2, 2))
-        self.operators.append(Operator("pool", "memory", (fixed(*self.shape),), (fixed(*out),)))
+        self._append("pool", "pool", out, "whole")
         self.shape = out
 
     def mean(self) -> None:
         """The mean over each channel's image."""
         out = (*self.shape[:2], 1, 1)
         self._add("GlobalAveragePool", out, [])
-        self.operators.append(Operator("mean", "memory", (fixed(*self.shape),), (fixed(*out),)))
+        self._append("mean", "memory", out, "whole")
         self.shape = out
 
     def math(self, operator: str) -> None:
         """Softmax, Erf or LayerNormalization along the last axis."""
         last = self.shape[-1:]
         self._add(operator, self.shape, [last, last] if operator == "LayerNormalization" else [])
-        size = fixed(*self.shape)
-        self.operators.append(Operator(operator, "math", (size,), (size,)))
+        self._append(operator, "math", self.shape, "plain")
 
     def built(self, name: str) -> Microbenchmark:
         """The network as it is now."""
@@ -154,6 +156,11 @@ class Chain:
         return Microbenchmark(
             name, helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION), tuple(self.operators)
         )
+
+    def _append(self, name: str, kind: Kind, out: tuple[int, ...], layout: Layout) -> None:
+        """An operator without weights."""
+        read, written = fixed(*self.shape), fixed(*out)
+        self.operators.append(Operator(name, kind, (read,), (written,), sources=(self._source(),), layout=layout))
 
     def _source(self) -> int | None:
         return len(self.operators) - 1 if self.operators else None
@@ -215,6 +222,9 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         yield convolutions(
             f"conv 1x1, {narrow}-{wide}, {image}x{image}", narrow, image, Conv(wide, 1), Conv(narrow, 1), repeat=2
         )
+    for narrow, wide, image in ((16, 64, 28), (32, 128, 14)):
+        name = f"conv 3x3, {narrow}-{wide}, {image}x{image}"
+        yield convolutions(name, narrow, image, Conv(wide), Conv(narrow), repeat=2)
     for inputs, outputs, kernel, stride, image in ((3, 32, 3, 1, 32), (1, 16, 3, 1, 28), (3, 64, 7, 2, 64)):
         name = f"stem {kernel}x{kernel}, {inputs}-{outputs}, {image}x{image}"
         yield convolutions(name, inputs, image, Conv(outputs, kernel, stride))
@@ -251,7 +261,7 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         for _ in range(8):
             chain.double()
         yield chain.built(f"add, {'x'.join(map(str, shape))}")
-    for channels, image in ((64, 32), (32, 16)):
+    for channels, image in ((64, 32), (32, 16), (36, 28), (20, 16), (100, 14)):
         chain = Chain(1, channels, image, image)
         chain.conv(Conv(channels, 1))
         for _ in range(3):

@@ -6,9 +6,12 @@ from typing import Literal, get_args
 from cahfp_cli.device.arena import Schedule
 from cahfp_cli.device.sizes import Axis, Size
 
-Kind = Literal["conv", "grouped", "depthwise", "matmul", "memory", "math", "free"]
-"""grouped: convolution of several groups; memory: moves bytes (pool, add, concat); math: computes much with each
-element (softmax, layer norm); free: folded or fused into a neighbour (batch norm, activation, reshape)."""
+Kind = Literal["conv", "grouped", "depthwise", "matmul", "pool", "memory", "math", "free"]
+"""grouped: convolution of several groups; pool: over windows; memory: moves bytes (add, concat); math: computes much
+with each element (softmax, layer norm); free: folded or fused into a neighbour (batch norm, activation, reshape)."""
+Layout = Literal["plain", "same", "whole"]
+"""How an operator that is no convolution takes channels that come in blocks: not at all; as they are, if all its inputs
+come so; or that only if the channels of each input fill their blocks."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Product:
 @dataclass(frozen=True)
 class Operator:
     """One operator at batch 1. reads, writes, weights: elements, each a sum of sizes. product: of the kinds that
-    multiply, None of others. source: the number of the operator that made its first input, None for the network's own.
+    multiply, None of others. sources: the number of the operator that made each of `reads`, None for the network's
+    input. layout: see its type; it does not count for convolutions.
     """
 
     name: str
@@ -47,7 +51,8 @@ class Operator:
     writes: tuple[Size, ...] = ()
     weights: tuple[Size, ...] = ()
     product: Product | None = None
-    source: int | None = None
+    sources: tuple[int | None, ...] = ()
+    layout: Layout = "plain"
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ def check(workload: Workload) -> None:
     for operator in workload.operators:
         if operator.kind not in get_args(Kind):
             raise ValueError(f"operator '{operator.name}' has the unknown kind '{operator.kind}'")
+        if len(operator.sources) > len(operator.reads):
+            raise ValueError(f"operator '{operator.name}' has more sources than it reads")
         sizes += [
             *([operator.product.macs] if operator.product else []),
             *operator.reads,

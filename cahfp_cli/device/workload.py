@@ -13,7 +13,7 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
-from cahfp_cli.device.operators import Kind, Operator, Product, Workload
+from cahfp_cli.device.operators import Kind, Layout, Operator, Product, Workload
 from cahfp_cli.device.schedule import make_schedule
 from cahfp_cli.device.sizes import Axis, Size
 
@@ -26,10 +26,17 @@ VIEWS = frozenset(
 )
 TRANSPOSED = frozenset({"permute", "transpose"})
 """Views in torch; runtimes move the bytes."""
+RENAMED = frozenset({"detach", "alias", "_to_copy", "lift_fresh", "expand"})
+"""Views of which nothing is left at run time; the others take a call that moves nothing."""
 FUSED = frozenset(
     {"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min", "native_dropout", "dropout"}
 )
 """Activations that runtimes compute while they write a convolution's or product's output."""
+CLIPS = frozenset({"hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min"})
+"""Of the fused activations those that are computed after the output was written: only ReLU is part of the kernel."""
+SAME = frozenset({"add", "add_", "mul", "mul_", "relu", "relu_", *BATCH_NORMS})
+POOLS = frozenset({"max_pool2d_with_indices", "max_pool2d", "avg_pool2d"})
+"""What runtimes also compute on channels in blocks: element by element, or if the channels fill their blocks."""
 
 MATH = frozenset(
     {"gelu", "erf", "exp", "tanh", "sigmoid", "silu", "hardswish", "_softmax", "_log_softmax", "native_layer_norm"}
@@ -59,12 +66,12 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
     made_by: dict[int, int] = {}  # value -> the timed operator that made it
     for number, operation in enumerate(trace.operations):
         if any(depends[value] for value in operation.outputs):
-            source = next((made_by[value] for value in operation.inputs if value in made_by), None)
-            found = describe(number, operation, trace, sizes, depends, fused[number])
-            operators += [replace(one, source=source) for one in found]
-            # What comes in blocks goes on in blocks, but not through a concatenation, which wants them whole.
-            passes = found[0].kind in ("free", "memory") and operation.name != "cat"
-            made = source if passes else len(operators) - 1
+            read = dict.fromkeys(value for value in operation.inputs if depends[value])
+            sources = tuple(made_by.get(value) for value in read)
+            first, *steps = describe(number, operation, trace, sizes, depends, fused[number])
+            operators.append(replace(first, sources=sources if first.reads else ()))
+            operators += [replace(one, sources=(len(operators) - 1,)) for one in steps]
+            made = len(operators) - 1 if first.reads else sources[0]
             made_by.update({} if made is None else dict.fromkeys(operation.outputs, made))
     buffers, live = liveness(trace, depends, storage)
     return Workload(
@@ -198,11 +205,16 @@ def describe(
         return [multiplied, Operator(f"{name}+bias", "math", writes, writes)] if biased else [multiplied]
     if operation.name in TRANSPOSED and len(out.axes) > 2:
         return [Operator(name, "memory", reads, writes)]
+    if is_folded and operation.name in CLIPS:
+        return [Operator(name, "memory", reads, writes, layout="same")]
+    if is_folded and operation.name in VIEWS - RENAMED - {"t"} and len(activations) == 1:
+        return [Operator(name, "memory")]
     if (is_folded and len(activations) == 1) or operation.name == "clone":  # a copy of what was transposed
         return [Operator(name, "free")]
-    kind = "math" if operation.name in MATH else "memory"
+    moves: Kind = "math" if operation.name in MATH else "pool" if operation.name in POOLS else "memory"
+    layout: Layout = "same" if operation.name in SAME else "whole" if operation.name in POOLS | {"cat"} else "plain"
     steps = [Operator(f"{name}+{i}", "memory", writes, writes) for i in range(STEPS.get(operation.name, 0))]
-    return [Operator(name, kind, reads, writes, weights), *steps]
+    return [Operator(name, moves, reads, writes, weights, layout=layout), *steps]
 
 
 def convolution(operation: Operation, weight: Value, x: Value, out: Value, sizes: Sizes) -> tuple[Kind, Product]:

@@ -51,7 +51,7 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
     """Measure the checkpoint that round `number` gave."""
     common = setting.common
     arrays = load_global(setting, checkpoint)
-    situation = situation_of(setting, method, number, arrays, memory)
+    situation = situation_of(setting, number, arrays, memory)
     whole = compact(common.network, common.analysis, method.network(situation, 0))
     plain = evaluate(whole, common.test, BATCH, CPU)
     renew_statistics(setting, whole)

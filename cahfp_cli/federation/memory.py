@@ -21,18 +21,16 @@ Kind = TypeVar("Kind", bound=np.generic)
 @dataclass(frozen=True, eq=False)
 class Memory:
     """scores: float64 (clients, groups), moving averages, rows of zeros where `scored` is NEVER; scored: int64
-    (clients,), the round of the last score; masks: boolean (clients, groups), the last masks, empty rows where none was
-    chosen; chosen: int64 (clients,), the round in which they were."""
+    (clients,), the round of the last score; masks: boolean (clients, groups), what each client keeps."""
 
     scores: Floats
     scored: NDArray[np.int64]
     masks: Mask
-    chosen: NDArray[np.int64]
 
     @staticmethod
-    def empty(clients: int, groups: int) -> "Memory":
-        never = np.full(clients, NEVER, np.int64)
-        return Memory(np.zeros((clients, groups)), never, np.zeros((clients, groups), bool), never)
+    def new(masks: Mask) -> "Memory":
+        """Nobody has scored, and clients keep these masks."""
+        return Memory(np.zeros(masks.shape), np.full(len(masks), NEVER, np.int64), masks)
 
     def with_score(self, client: int, significance: Floats, number: int, decay: float) -> "Memory":
         """A client's new score of round `number`, scaled to a mean of 1 since losses of clients differ in size.
@@ -47,11 +45,6 @@ class Memory:
             self,
             scores=_with_row(self.scores, client, new),
             scored=_with_row(self.scored, client, np.int64(number)),
-        )
-
-    def with_mask(self, client: int, mask: Mask, number: int) -> "Memory":
-        return replace(
-            self, masks=_with_row(self.masks, client, mask), chosen=_with_row(self.chosen, client, np.int64(number))
         )
 
     def significance(self, client: int, mix: float) -> Floats | None:

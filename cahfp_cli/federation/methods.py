@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cahfp_cli.federation import selections
-from cahfp_cli.federation.selections import Choose
+from cahfp_cli.federation.selections import Choose, remembered
 
 Scoring = Literal["none", "experiment", "gate-taylor"]
 
@@ -20,8 +20,9 @@ class Method:
 
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
-    do. mix: instead of the experiment's `score_mix`. strong_only: only devices that hold the whole network take part.
-    network: what of the global checkpoint is the method's global network.
+    do. mix: instead of the experiment's `score_mix`. layers: whether scored masks have a width for each layer. nesting:
+    whether clients train parts of their masks at times, see the experiment's `nesting`. strong_only: only devices that
+    hold the whole network take part. network: what of the global checkpoint is the method's global network.
     """
 
     choose: Choose
@@ -30,6 +31,8 @@ class Method:
     scaler: bool = False
     scoring: Scoring = "none"
     mix: float | None = None
+    layers: bool = True
+    nesting: bool = False
     strong_only: bool = False
     network: Choose = selections.full
 
@@ -46,8 +49,12 @@ METHODS: dict[str, Method] = {
     "fjord": Method(selections.ordered, selections.prefix),
     "random": Method(selections.random, selections.random),
     "magnitude": Method(selections.magnitude, selections.magnitude),
-    "taylor": Method(selections.scored, selections.kept_or_scored, scoring="gate-taylor"),
-    "cahfp": Method(selections.scored, selections.kept_or_scored, scoring="experiment"),
-    "cahfp-own": Method(selections.scored, selections.kept_or_scored, scoring="experiment", mix=0.0),
-    "cahfp-shared": Method(selections.scored, selections.kept_or_scored, scoring="experiment", mix=1.0),
+    "taylor": Method(remembered, remembered, scoring="gate-taylor", layers=False),
+    "cahfp": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True),
+    "cahfp-own": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True, mix=0.0),
+    "cahfp-fill": Method(remembered, remembered, rule="fill", scoring="experiment", nesting=True),
+    "cahfp-apart": Method(remembered, remembered, rule="covered", scoring="experiment"),
+    "cahfp-even": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True, layers=False),
+    "cahfp-unscored": Method(remembered, remembered, rule="covered", nesting=True),
+    "cahfp-plain": Method(remembered, remembered, scoring="experiment", layers=False),
 }

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,11 @@ from cahfp_cli.federation.client import Task, rates_of, samples_seen
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.gate import checked_scores, fault_of
-from cahfp_cli.federation.memory import NEVER, Mask, Memory
+from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Contribution, merge
 from cahfp_cli.federation.methods import Method
-from cahfp_cli.federation.selections import Hysteresis, Situation, picked
+from cahfp_cli.federation.scoring import even, layered, level, nested, renewed
+from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
@@ -58,14 +58,10 @@ def load_global(setting: Setting, checkpoint: Path) -> dict[str, Array]:
     return arrays
 
 
-def situation_of(
-    setting: Setting, method: Method, number: int, weights: Mapping[str, Array], memory: Memory
-) -> Situation:
+def situation_of(setting: Setting, number: int, weights: Mapping[str, Array], memory: Memory) -> Situation:
     """What selections look at in round `number`, when the network has these weights."""
-    common, table = setting.common, setting.experiment.selection
-    mix = table.score_mix if method.mix is None else method.mix
-    how = Hysteresis(setting.experiment.start.cold, table.rescore_every, mix, table.churn)
-    return Situation(setting.seed, number, common.analysis.groups, common.devices, common.network, weights, memory, how)
+    common = setting.common
+    return Situation(setting.seed, number, common.analysis.groups, common.devices, common.network, weights, memory)
 
 
 def run_round(
@@ -83,13 +79,11 @@ def run_round(
         raise InputError("fedavg-strong: no device of the fleet holds the whole network; leave this method out.")
     clients = picked(len(eligible), experiment.clients_per_round, eligible, setting.seed, number)
     memory, uploaded, flops = with_scores(setting, method, number, clients.tolist(), memory, fleet)
-    masks: dict[int, Mask] = {}
+    situation = situation_of(setting, number, arrays, memory)
+    masks = {client: trained_mask(situation, setting, method, client) for client in clients.tolist()}
     dropped: dict[int, str] = {}
     contributions: list[Contribution] = []
     losses: list[tuple[int, float]] = []
-    for client in clients.tolist():
-        masks[client] = method.choose(situation_of(setting, method, number, arrays, memory), client)
-        memory = with_choice(memory, method, client, masks[client], number, experiment.selection.rescore_every)
 
     def tasks() -> Iterator[Task]:
         for client, mask in masks.items():
@@ -159,20 +153,29 @@ def training_flops(setting: Setting, client: int, mask: Mask, samples: int, opti
     return OPERATIONS_A_MAC * macs * (1 + BACKWARD) * samples_seen(samples, options)
 
 
+def first_memory(setting: Setting, method: Method) -> Memory:
+    """The memory of a method before the first round: no scores, and masks as of groups that are all worth the same."""
+    groups = setting.common.analysis.groups
+    choose, worth = layered if method.layers else even, level(groups)
+    masks = {id(one): choose(worth, groups, one.cost, one.budget) for one in setting.common.devices}
+    return Memory.new(np.stack([masks[id(one)] for one in setting.common.devices]))
+
+
 def with_scores(
     setting: Setting, method: Method, number: int, clients: list[int], memory: Memory, fleet: Clients
 ) -> tuple[Memory, int, float]:
-    """Let the clients whose scores are old score the global network on their own data.
+    """Every `rescore_every` rounds let the clients of the round score the global network on their own data, and renew
+    all masks.
 
     An untrained network is not scored: its curvature ranks nothing. Returns the memory, bytes sent, operations: of a
     forward pass and one backward pass a class, which computes no gradients of weights and so counts as a forward pass.
     """
     table, common, uploaded, flops = setting.experiment.selection, setting.common, 0, 0.0
-    if method.scoring == "none" or (setting.experiment.start.cold and number < table.rescore_every):
+    cold = setting.experiment.start.cold
+    if method.scoring == "none" or number % table.rescore_every or (cold and number == 0):
         return memory, uploaded, flops
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
-    old = [c for c in clients if memory.scored[c] == NEVER or number - memory.scored[c] >= table.rescore_every]
-    for client, found in fleet.score(setting, number, old, criterion.name):
+    for client, found in fleet.score(setting, number, clients, criterion.name):
         samples = min(table.samples, len(setting.shares[client]))
         macs = float(common.devices[client].cost.full.macs)
         flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * samples * (criterion.needs == "gates")
@@ -182,14 +185,22 @@ def with_scores(
         sound = checked_scores(found, common.analysis.groups.count)
         if sound is not None:
             memory = memory.with_score(client, sound, number, table.decay)
+    mix = table.score_mix if method.mix is None else method.mix
+    churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
+    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, layers=method.layers)
     return memory, uploaded, flops
 
 
-def with_choice(memory: Memory, method: Method, client: int, mask: Mask, number: int, every: int) -> Memory:
-    """Remember a mask that scores chose, with the round in which it was; a mask that merely stayed keeps its round."""
-    if method.scoring == "none" or memory.scored.max() == NEVER:
-        return memory
-    chosen: Any = memory.chosen[client]
-    if chosen != NEVER and number - chosen < every:
-        return memory
-    return memory.with_mask(client, mask, number)
+def trained_mask(situation: Situation, setting: Setting, method: Method, client: int) -> Mask:
+    """What a client trains this round: its mask, or at times the part of it that a device drawn from those no larger
+    has, so that small submodels are trained by everybody, and in large ones the part that small ones share."""
+    own = method.choose(situation, client)
+    random = np.random.default_rng(derived(Purpose.SELECTION, situation.seed, situation.number, client))
+    if not method.nesting or random.random() >= setting.experiment.selection.nesting:
+        return own
+    masks, family = situation.memory.masks, situation.groups.family
+    sizes = masks.sum(axis=1)
+    smaller = np.flatnonzero(sizes <= sizes[client])
+    other = masks[int(random.choice(smaller))]
+    worth = situation.memory.significance(client, 1.0)
+    return nested(own, other, level(situation.groups) if worth is None else worth, family)

@@ -23,13 +23,13 @@ from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.memory import Memory
 from cahfp_cli.federation.merging import REPLIES
 from cahfp_cli.federation.methods import METHODS
-from cahfp_cli.federation.rounds import load_global, run_round
+from cahfp_cli.federation.rounds import first_memory, load_global, run_round
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.models.checkpoint_io import save_checkpoint
 
 STATE, FINAL = "state.json", "final.safetensors"
 Row = dict[str, Any]
-MEMORY = ("scores", "scored", "masks", "chosen")
+MEMORY = ("scores", "scored", "masks")
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
     remove_leftovers(folder, len(rows))
     if not rows:
         shutil.copyfile(start, global_of(folder, 0))
-        memory = Memory.empty(len(setting.shares), setting.common.analysis.groups.count)
+        memory = first_memory(setting, method)
     else:
         memory = read_memory(memory_of(folder, len(rows)))
     for number in range(len(rows), experiment.rounds):

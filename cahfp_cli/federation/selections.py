@@ -10,22 +10,11 @@ from torch import nn
 from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.federation.devices import Device, smallest
-from cahfp_cli.federation.memory import NEVER, Floats, Mask, Memory, limited
+from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.pruning.selection import select, strongest
+from cahfp_cli.pruning.selection import strongest
 from cahfp_cli.pruning.target import Widths
 from cahfp_cli.significance.registry import Evidence, find_criterion
-
-
-@dataclass(frozen=True)
-class Hysteresis:
-    """See `experiment.SelectionTable`. cold: whether training began from scratch, so that all clients began with the
-    prefix and masks have to move away from it."""
-
-    cold: bool
-    rescore_every: int
-    score_mix: float
-    churn: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,6 @@ class Situation:
     network: nn.Module
     weights: Mapping[str, Array]
     memory: Memory
-    hysteresis: Hysteresis
 
 
 Choose = Callable[[Situation, int], Mask]
@@ -95,34 +83,9 @@ def magnitude(situation: Situation, client: int) -> Mask:
     return strongest(worth, situation.groups.family, situation.devices[client].widths)
 
 
-def scored(situation: Situation, client: int) -> Mask:
-    """By significance, each layer as wide as that makes worthwhile, as `cahfp prune` selects; the mask stays for
-    `rescore_every` rounds, and changes only in part. The prefix until anybody has scored."""
-    memory, how = situation.memory, situation.hysteresis
-    chosen = memory.chosen[client]
-    if chosen != NEVER and situation.number - chosen < how.rescore_every:
-        return np.asarray(memory.masks[client])
-    significance = memory.significance(client, how.score_mix)
-    if significance is None:
-        return prefix(situation, client)
-    wanted = by_significance(situation, client, significance)
-    if chosen == NEVER and not how.cold:
-        return wanted
-    before = prefix(situation, client) if chosen == NEVER else memory.masks[client]
-    return limited(before, wanted, significance, situation.groups.family, how.churn)
-
-
-def by_significance(situation: Situation, client: int, significance: Floats) -> Mask:
-    """What `cahfp prune` keeps on the client's device."""
-    device, groups = situation.devices[client], situation.groups
-    return select(significance, groups.family, device.cost, device.budget, groups.narrowest).kept
-
-
-def kept_or_scored(situation: Situation, client: int) -> Mask:
-    """The mask that the client trained last; of a client that never took part, the one it would get now."""
-    if situation.memory.chosen[client] != NEVER:
-        return np.asarray(situation.memory.masks[client])
-    return scored(situation, client)
+def remembered(situation: Situation, client: int) -> Mask:
+    """What scores chose when they were last renewed, see `scoring.renewed`."""
+    return np.asarray(situation.memory.masks[client])
 
 
 def first_of(groups: ChannelGroups, widths: Widths) -> Mask:

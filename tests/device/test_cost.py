@@ -40,9 +40,9 @@ def small_net() -> Workload:
     operators = (
         Operator("conv1", "conv", (source,), (stem,), (w1,), Product(rows, 9, three, three, a)),
         Operator("norm1", "free", weights=(Size((a,)), Size((a,)))),
-        Operator("depthwise", "depthwise", (stem,), (stem,), (w2,), Product(rows, 9, a, one, a), 0),
-        Operator("conv2", "conv", (stem,), (wide,), (w3,), Product(rows, 9, a, a, b), 2),
-        Operator("short", "conv", (stem,), (wide,), (w4,), Product(rows, 1, a, a, b), 2),
+        Operator("depthwise", "depthwise", (stem,), (stem,), (w2,), Product(rows, 9, a, one, a), (0,)),
+        Operator("conv2", "conv", (stem,), (wide,), (w3,), Product(rows, 9, a, a, b), (2,)),
+        Operator("short", "conv", (stem,), (wide,), (w4,), Product(rows, 1, a, a, b), (2,)),
         Operator("add", "memory", (wide, wide), (wide,)),
         Operator("pool", "memory", (wide,), (small,)),
         Operator("linear", "matmul", (small,), (out,), (w5, out), Product(Size(()), 1, flat, flat, Axis(CLASSES))),

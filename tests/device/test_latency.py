@@ -23,6 +23,7 @@ from cahfp_cli.device.workload import make_workload, share_touched, taps_inside
 from tests.device.test_cost import small_net
 
 BENCHMARKS = list(microbenchmarks())
+IDLE = [CLASSES.index(name) for name in ("pool", "memory", "math")]
 LINKS = {name: {"value": 1.0, "unit": "Mbit/s", "source": "test"} for name in ("uplink", "downlink")}
 
 
@@ -34,8 +35,8 @@ def made_up(seed: int, cache: float) -> Rates:
         return np.exp(random.uniform(np.log(low), np.log(high), len(CLASSES)))
 
     operation, byte, overhead = 1 / some(1e9, 2e11), 1 / some(1e9, 1e11), some(1e-7, 1e-5)
-    operation[[CLASSES.index("memory"), CLASSES.index("math")]] = 0.0  # they have no operations to be slow at
-    return Rates(operation, byte, overhead, 1 / 2e10, 1 / 9e10, 1 / 1.5e10, cache, 5e-6)
+    operation[IDLE] = 0.0  # they have no operations to be slow at
+    return Rates(operation, byte, overhead, 1 / 3e10, 1 / 2e10, 2e-6, 1 / 9e10, 1 / 1.5e10, cache, 5e-6)
 
 
 def times(rates: Rates, step: int, hard: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def test_a_fit_never_finds_a_negative_rate() -> None:
     rates = fit(BENCHMARKS, seconds).rates
     for values in (rates.operation, rates.byte, rates.overhead):
         assert (values >= 0).all()
-    assert min(rates.reorder, rates.weight, rates.streaming, rates.call) >= 0
+    assert min(rates.load, rates.reorder, rates.reorder_call, rates.weight, rates.streaming, rates.call) >= 0
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
@@ -103,14 +104,14 @@ def test_what_a_microbenchmark_says_of_itself_is_what_its_onnx_file_computes(ben
     sizes = [np.prod([axis.constant for axis in product.macs.axes]) for product in products]
     assert sum(sizes) == macs
     kernels = Kernels(benchmark.operators, 0, 1, 1).quantities(np.zeros((1, 0))).weights.sum()
-    assert kernels == 4 * stored or ("1x1" in benchmark.name and kernels == pytest.approx(4 * stored / 9))
+    assert kernels == 4 * stored or ("1x1" in benchmark.name and kernels == pytest.approx(2 * 4 * stored / 9))
     assert len({benchmark.name for benchmark in BENCHMARKS}) == len(BENCHMARKS)
 
 
 def test_every_rate_shows_in_some_microbenchmark() -> None:
     features = np.stack([features_of(benchmark, 16, 4, 4e6) for benchmark in BENCHMARKS])
     unseen = [i for i in range(features.shape[1]) if not features[:, i].any()]
-    assert unseen == [CLASSES.index("memory"), CLASSES.index("math")]  # their operations
+    assert unseen == IDLE
 
 
 def one(kind: str, inputs: int, outputs: int, contracted: int, rows: int = 49, taps: int = 9) -> Quantities:
@@ -161,14 +162,46 @@ def test_what_comes_in_blocks_and_is_wanted_plain_is_reordered_and_the_other_way
 
     def conv(inputs: Axis, outputs: Axis, source: int | None) -> Operator:
         read = Size((Axis(1), inputs, *image[2:]))
-        return Operator("x", "conv", (read,), (), (), Product(Size(image), 9, inputs, inputs, outputs), source)
+        return Operator("x", "conv", (read,), (), (), Product(Size(image), 9, inputs, inputs, outputs), (source,))
 
     net = (conv(Axis(3), a, None), conv(a, Axis(32), 0), conv(Axis(32), Axis(32), 1))
     kernels = Kernels(net, 1, 16, 4)
-    found = kernels.quantities(np.array([[32.0], [33.0], [8.0]])).reordered / (4 * 100)
+    quantities = kernels.quantities(np.array([[32.0], [33.0], [8.0]]))
+    found = quantities.reordered / (4 * 100)
     assert found[0].tolist() == [0, 0, 0]
     assert found[1].tolist() == [0, 48 + 33, 32 + 32]  # out of blocks before the odd one, into blocks after it
     assert found[2].tolist() == [0, 16 + 8, 0]  # a narrow one reads plain channels and writes blocks
+    assert (quantities.reorders == (found > 0)).all()
+
+
+def test_pools_and_concatenations_take_blocks_only_of_channels_that_fill_them() -> None:
+    a, eight = Axis(0, ((0, 1),)), Axis(8)
+    image = (Axis(8), Axis(8))
+    row = Size((Axis(1), *image))
+    of = lambda axis: Size((Axis(1), axis, *image))  # noqa: E731
+    both, sixteen = Axis(16, ((0, 1),)), Axis(16)
+    net = (
+        Operator("first", "conv", (of(eight),), (of(a),), (), Product(row, 9, eight, eight, a), (None,)),
+        Operator("pool", "pool", (of(a),), (of(a),), sources=(0,), layout="whole"),
+        Operator("second", "conv", (of(a),), (of(sixteen),), (), Product(row, 9, a, a, sixteen), (1,)),
+        Operator("sum", "memory", (of(a), of(a)), (of(a),), sources=(0, 1), layout="same"),
+        Operator("cat", "memory", (of(a), of(sixteen)), (of(both),), sources=(3, 2), layout="whole"),
+        Operator("mean", "memory", (of(both),), (Size((Axis(1), both)),), sources=(4,)),
+    )
+    found = Kernels(net, 1, 16, 4).quantities(np.array([[32.0], [36.0]]))
+    kinds = [[CLASSES[number] for number in row] for row in found.classes]
+    assert kinds[0] == ["narrow", "memory", "conv", "memory", "memory", "memory"]
+    assert kinds[1] == ["narrow", "pool", "conv", "memory", "memory", "memory"]
+    # In blocks all the way to the mean; or plain from the pool on, which also the sum needs, once for both of them.
+    assert found.reorders.tolist() == [[0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 1, 0]]
+    assert found.reordered[1].tolist() == [0, 256 * (48 + 36), 256 * (48 + 36), 0, 256 * (16 + 16), 0]
+    assert found.reordered[0, 5] == 256 * 2 * 48
+
+
+@pytest.mark.parametrize(("outputs", "passes"), [(8, 1), (16, 1), (64, 1), (65, 2), (130, 3)])
+def test_a_blocked_convolution_loads_its_inputs_once_for_four_blocks_of_outputs(outputs: int, passes: int) -> None:
+    assert one("conv", 32, outputs, 32).loads[0, 0] == 49 * 9 * 32 * passes
+    assert one("conv", 33, outputs, 33).loads[0, 0] == 0  # a matrix product blocks otherwise
 
 
 @pytest.mark.parametrize(

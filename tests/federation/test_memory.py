@@ -29,7 +29,7 @@ def test_a_mask_that_may_change_wholly_is_the_wanted_one_where_that_has_the_best
 
 
 def test_scores_are_moving_averages_of_unit_mean_and_mixed() -> None:
-    memory = Memory.empty(2, 2)
+    memory = Memory.new(np.ones((2, 2), np.bool_))
     assert memory.significance(0, 0.5) is None
     memory = memory.with_score(0, np.array([1.0, 3.0]), 0, decay=0.5).with_score(
         0, np.array([30.0, 10.0]), 1, decay=0.5

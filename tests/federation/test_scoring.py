@@ -1,0 +1,166 @@
+"""Masks chosen by scores: they fit, devices alike agree, and parts of masks lie inside them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cahfp_cli.federation.clients import LocalClients
+from cahfp_cli.federation.methods import METHODS
+from cahfp_cli.federation.rounds import first_memory, situation_of, trained_mask
+from cahfp_cli.federation.scoring import diminishing, even, layered, level, nested, renewed
+from cahfp_cli.federation.setting import Setting, make_setting, prepare
+from cahfp_cli.federation.simulation import simulate
+from tests.federation.small import PROVENANCE, experiment
+
+DATA = {"train": "digits@train[0:300]", "test": "digits@test[0:100]"}
+
+
+@cache
+def small() -> Setting:
+    return make_setting(prepare(experiment(), PROVENANCE), "iid", 0)
+
+
+def random_scores(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).exponential(size=small().common.analysis.groups.count)
+
+
+def test_worth_diminishes_and_a_whole_family_has_its_harmonic_share() -> None:
+    family, significance = np.array([0, 1, 0, 0, 1]), np.array([1.0, 5.0, 3.0, 2.0, 7.0])
+    # Family 0 has 6 in all, best first: groups 2, 3, 0; family 1 has 12: groups 4, 1.
+    assert diminishing(significance, family).tolist() == [2.0, 6.0, 6.0, 3.0, 12.0]
+
+
+@given(seed=st.integers(0, 10**6), cost=st.tuples(*[st.integers(1, 9)] * 3), share=st.floats(0.2, 0.9))
+def test_layers_get_what_the_best_of_all_widths_would_give_them(
+    seed: int, cost: tuple[int, int, int], share: float
+) -> None:
+    """Where a group costs the same whatever the widths are, spending on the best ratio first is known to come within
+    one group of the best sum (the knapsack's greedy bound)."""
+    random = np.random.default_rng(seed)
+    sizes = (3, 4, 2)
+    family, significance = np.repeat(np.arange(3), sizes), random.exponential(size=9)
+    worth = diminishing(significance, family)
+    order = [np.sort(worth[family == number])[::-1] for number in range(3)]
+    limit = share * sum(size * each for size, each in zip(sizes, cost, strict=True))
+
+    def value(widths: tuple[int, ...]) -> float:
+        return float(sum(own[:width].sum() for own, width in zip(order, widths, strict=True)))
+
+    fitting = [
+        widths
+        for widths in itertools.product(*(range(size + 1) for size in sizes))
+        if sum(width * each for width, each in zip(widths, cost, strict=True)) <= limit
+    ]
+    best = max(map(value, fitting))
+    ratio = worth / np.array(cost)[family]
+    spent, found = 0.0, 0.0
+    for group in np.argsort(-ratio, kind="stable"):
+        if spent + cost[family[group]] <= limit:
+            spent += cost[family[group]]
+            found += float(worth[group])
+    assert best - worth.max() - 1e-9 <= found <= best + 1e-9
+
+
+@given(seed=st.integers(0, 50))
+def test_masks_by_layer_fit_their_device_and_leave_no_group_out_that_fits(seed: int) -> None:
+    common = small().common
+    groups, significance = common.analysis.groups, random_scores(seed)
+    for device in (common.devices[2], common.devices[4]):
+        kept = layered(significance, groups, device.cost, device.budget)
+        limit = device.budget.params.value * float(device.cost.full.params)
+        widths = groups.widths(kept)
+        assert float(device.cost.cost(widths).params) <= limit
+        assert (widths >= groups.narrowest).all()
+        for number in np.flatnonzero(widths < device.cost.full_widths):
+            wider = widths.copy()
+            wider[number] += 1
+            assert float(device.cost.cost(wider).params) > limit
+        for number in range(len(widths)):  # the most significant ones of each family
+            own = groups.family == number
+            if (kept & own).any() and (~kept & own).any():
+                assert significance[kept & own].min() >= significance[~kept & own].max()
+
+
+def test_before_scores_layers_that_cost_less_keep_more() -> None:
+    common = small().common
+    device, groups = common.devices[4], common.analysis.groups
+    by_layer = groups.widths(layered(level(groups), groups, device.cost, device.budget)) / device.cost.full_widths
+    alike = groups.widths(even(level(groups), groups, device.cost, device.budget)) / device.cost.full_widths
+    assert np.ptp(by_layer) > np.ptp(alike)
+    assert by_layer[0] == 1.0  # the first layer costs next to nothing
+    assert by_layer[0] > by_layer[-1]
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_part_of_a_mask_is_inside_it_and_has_at_most_the_other_widths(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    family = np.repeat(np.arange(3), (5, 9, 14))
+    own, other = random.random(28) < 0.7, random.random(28) < 0.4
+    found = nested(own, other, random.random(28), family)
+    assert not (found & ~own).any()
+    for number in range(3):
+        among = family == number
+        assert found[among].sum() == min(own[among].sum(), other[among].sum())
+        if (found & ~other & among).any():  # others only once all that both have are in
+            assert (found & among)[own & other & among].all()
+
+
+def test_a_mask_inside_another_is_its_own_part() -> None:
+    family = np.repeat(np.arange(2), (4, 6))
+    own = np.array([1, 1, 1, 0, 1, 1, 0, 1, 1, 0], bool)
+    other = own & np.array([1, 0, 1, 1, 0, 1, 1, 1, 1, 1], bool)
+    assert (nested(own, other, np.arange(10.0), family) == other).all()
+    assert (nested(other, own, np.arange(10.0), family) == other).all()
+
+
+def test_devices_alike_with_shared_scores_keep_the_same_groups() -> None:
+    setting = small()
+    devices, groups = setting.common.devices, setting.common.analysis.groups
+    memory = first_memory(setting, METHODS["cahfp"])
+    for client in (0, 3, 5):
+        memory = memory.with_score(client, random_scores(client), 2, 0.5)
+    shared = renewed(memory, devices, groups, 1.0, 0.3, layers=True)
+    for first, second in ((0, 1), (2, 3), (4, 5)):
+        assert (shared.masks[first] == shared.masks[second]).all()
+    own = renewed(memory, devices, groups, 0.0, 0.3, layers=True)
+    assert (own.masks[2] != own.masks[3]).any()
+    unscored = first_memory(setting, METHODS["cahfp"])
+    assert renewed(unscored, devices, groups, 1.0, 0.3, layers=True) is unscored
+
+
+def test_a_nesting_client_trains_its_mask_or_that_of_a_smaller_device() -> None:
+    setting = small()
+    memory = first_memory(setting, METHODS["cahfp"])
+    seen: dict[int, set[bytes]] = {0: set(), 4: set()}
+    for number in range(40):
+        for client in seen:
+            situation = situation_of(setting, number, {}, memory)
+            seen[client].add(trained_mask(situation, setting, METHODS["cahfp"], client).tobytes())
+            plain = trained_mask(situation, setting, METHODS["cahfp-apart"], client)
+            assert (plain == memory.masks[client]).all()
+    assert seen[0] == {memory.masks[client].tobytes() for client in (0, 2, 4)}
+    assert seen[4] == {memory.masks[4].tobytes()}
+
+
+def test_clients_score_only_in_every_so_many_rounds(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Watched(LocalClients):
+        def score(
+            self, setting: Setting, number: int, clients: Sequence[int], criterion: str
+        ) -> Iterator[tuple[int, np.ndarray | str]]:
+            asked.append((number, len(clients)))
+            return super().score(setting, number, clients, criterion)
+
+    table = {"rescore_every": 2, "samples": 16}
+    simulate(experiment(rounds=5, selection=table), tmp_path / "cold", PROVENANCE, fleet=Watched())
+    assert asked == [(2, 4), (4, 4)]  # nobody an untrained network
+    asked.clear()
+    warm = {"data": {**DATA, "public": "digits@train[300:400]"}, "start": {"public_epochs": 1}}
+    simulate(experiment(rounds=3, selection=table, **warm), tmp_path / "warm", PROVENANCE, fleet=Watched())
+    assert asked == [(0, 4), (2, 4)]

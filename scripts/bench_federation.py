@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cahfp_cli.federation.experiment import Experiment, read_experiment
-from cahfp_cli.federation.simulation import simulate, summary
+from cahfp_cli.federation.simulation import simulate_in_parallel, summary
 from cahfp_cli.output import table
 from cahfp_cli.provenance import provenance
 
@@ -102,7 +102,8 @@ def main() -> None:
     parser.add_argument("--experiment", type=Path, default=Path(__file__).with_name("federation.toml"))
     parser.add_argument("-o", "--output", type=Path, help="keep the runs here; else nothing is kept")
     parser.add_argument("--resume", action="store_true", help="go on with what --output holds")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, in processes of their own")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -120,7 +121,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         output = options.output or Path(temporary, "runs")
         origin = provenance("bench_federation", {}, [options.experiment])
-        runs = simulate(asked, output, origin, resume=options.resume, on_round=on_round)
+        runs = simulate_in_parallel(
+            asked, output, origin, options.jobs, options.threads, resume=options.resume, on_round=on_round
+        )
     results = summary(asked, runs)["results"]
     figures: Figures = {}
     for partition in asked.partitions:

@@ -36,6 +36,9 @@ def simulate(
     deadline: Annotated[
         float, typer.Option("--deadline", min=1, help="Seconds that a node of Flower has to answer.")
     ] = 600.0,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Runs at a time, in processes of --threads threads each.")
+    ] = 1,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -47,11 +50,15 @@ def simulate(
     check_there(experiment)
     if backend not in BACKENDS:
         raise UsageError(f"no backend {backend!r}: use one of {', '.join(BACKENDS)}.")
+    if jobs > 1 and backend != "local":
+        raise UsageError("--jobs belongs to --backend local.")
     if find_spec("matplotlib") is None:  # said before hours of rounds, not after them
         raise UsageError("figures need matplotlib: pip install 'cahfp[plots]'.")
 
+    import torch
+
     from cahfp_cli.federation.experiment import read_experiment
-    from cahfp_cli.federation.simulation import SUMMARY, summary
+    from cahfp_cli.federation.simulation import SUMMARY, simulate_in_parallel, summary
     from cahfp_cli.federation.simulation import simulate as run
     from cahfp_cli.provenance import provenance
     from cahfp_cli.training.device import use_threads
@@ -74,6 +81,10 @@ def simulate(
         from cahfp_cli.federation.flower.engine import simulate_on_flower
 
         runs = simulate_on_flower(asked, output, source, deadline=deadline, resume=resume, on_round=committed)
+    elif jobs > 1:
+        runs = simulate_in_parallel(
+            asked, output, source, jobs, torch.get_num_threads(), resume=resume, on_round=committed
+        )
     else:
         runs = run(asked, output, source, resume=resume, on_round=committed)
     found = summary(asked, runs)

@@ -5,7 +5,7 @@ entry.
 With devices that hold the whole network all methods are FedAvg, bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cahfp_cli.federation import selections
@@ -37,6 +37,8 @@ class Method:
     network: Choose = selections.full
 
 
+CAHFP = Method(remembered, remembered, scoring="experiment", nesting=True)
+
 METHODS: dict[str, Method] = {
     "fedavg": Method(selections.full, selections.magnitude),
     "fedavg-smallest": Method(
@@ -50,11 +52,12 @@ METHODS: dict[str, Method] = {
     "random": Method(selections.random, selections.random),
     "magnitude": Method(selections.magnitude, selections.magnitude),
     "taylor": Method(remembered, remembered, scoring="gate-taylor", layers=False),
-    "cahfp": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True),
-    "cahfp-own": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True, mix=0.0),
-    "cahfp-fill": Method(remembered, remembered, rule="fill", scoring="experiment", nesting=True),
-    "cahfp-apart": Method(remembered, remembered, rule="covered", scoring="experiment"),
-    "cahfp-even": Method(remembered, remembered, rule="covered", scoring="experiment", nesting=True, layers=False),
-    "cahfp-unscored": Method(remembered, remembered, rule="covered", nesting=True),
-    "cahfp-plain": Method(remembered, remembered, scoring="experiment", layers=False),
+    "cahfp": CAHFP,
+    "cahfp-own": replace(CAHFP, mix=0.0),
+    "cahfp-covered": replace(CAHFP, rule="covered"),
+    "cahfp-apart": replace(CAHFP, nesting=False),
+    "cahfp-even": replace(CAHFP, layers=False),
+    "cahfp-unscored": replace(CAHFP, scoring="none"),
+    "cahfp-plain": replace(CAHFP, nesting=False, layers=False),
 }
+"""Those from `cahfp-own` on show what each part of `cahfp` brings: one thing is different in each, two in the last."""

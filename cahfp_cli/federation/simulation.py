@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from cahfp_cli.federation.client import Trainer, train_client
 from cahfp_cli.federation.clients import Clients, LocalClients
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.run import Row, run
-from cahfp_cli.federation.setting import make_setting, prepare, write_start
+from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
+from cahfp_cli.training.device import use_threads
 
 EXPERIMENT, METRICS, SUMMARY = "experiment.json", "metrics.jsonl", "summary.json"
 ACCURACIES = ("recalibrated", "plain", "deployed", "tuned")
@@ -41,7 +44,7 @@ def simulate(
     fleet: Clients | None = None,
     on_round: Callable[[str, str, int, Row], None] = lambda partition, method, seed, row: None,
 ) -> tuple[Run, ...]:
-    """Run every method on every partition with every seed into the folder `output`.
+    """Run every method on every partition with every seed into the folder `output`, one after the other.
 
     Args:
         resume: go on with what `output` holds; else it must not exist.
@@ -50,31 +53,105 @@ def simulate(
     Raises: UsageError, InputError, BudgetError: see `setting.prepare`; InputError: `output` exists without `resume`, or
         holds another experiment.
     """
+    common = begin(experiment, output, provenance, resume)
+    runs = []
+    for plan in plans(experiment):
+
+        def committed(row: Row, plan: Plan = plan) -> None:
+            on_round(plan.partition, plan.method, plan.seed, row)
+
+        runs.append(plan.done(run_plan(common, plan, output, fleet or LocalClients(trainer), committed)))
+    return finish(experiment, output, runs)
+
+
+def simulate_in_parallel(
+    experiment: Experiment,
+    output: Path,
+    provenance: Provenance,
+    jobs: int,
+    threads: int,
+    *,
+    resume: bool = False,
+    on_round: Callable[[str, str, int, Row], None] = lambda partition, method, seed, row: None,
+) -> tuple[Run, ...]:
+    """As `simulate`, with `jobs` runs at a time in processes of their own, of so many threads each; the results are the
+    same. `on_round` is called for all rounds of a run when it has ended.
+
+    Raises: as `simulate`; whatever ends a run, once those that had begun have ended.
+    """
+    begin(experiment, output, provenance, resume)
+    rows: dict[Plan, tuple[Row, ...]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        asked = {
+            pool.submit(run_alone, experiment, plan, output, provenance, threads): plan for plan in plans(experiment)
+        }
+        try:
+            for done in as_completed(asked):
+                plan = asked[done]
+                rows[plan] = done.result()
+                for row in rows[plan]:
+                    on_round(plan.partition, plan.method, plan.seed, row)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return finish(experiment, output, [plan.done(rows[plan]) for plan in plans(experiment)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is to be done."""
+
+    partition: str
+    method: str
+    seed: int
+
+    def done(self, rows: Sequence[Row]) -> Run:
+        return Run(self.partition, self.method, self.seed, tuple(rows))
+
+
+def plans(experiment: Experiment) -> list[Plan]:
+    """The runs of an experiment, in order."""
+    return [
+        Plan(partition, method, seed)
+        for seed in experiment.seeds
+        for partition in experiment.partitions
+        for method in experiment.methods
+    ]
+
+
+def begin(experiment: Experiment, output: Path, provenance: Provenance, resume: bool) -> Common:
+    """Make the folder, with the record of the experiment and the checkpoints that all methods start from."""
     check_output(output, experiment, resume)
     common = prepare(experiment, provenance)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / EXPERIMENT, recorded(experiment))
-    runs = []
     for seed in experiment.seeds:
-        start = output / f"start-seed{seed}.safetensors"
-        if not start.exists():
-            write_start(common, seed, start)
-        for partition in experiment.partitions:
-            setting = make_setting(common, partition, seed)
-            for method in experiment.methods:
-                folder = output / "runs" / folder_name(partition) / method / f"seed{seed}"
+        if not start_of(output, seed).exists():
+            write_start(common, seed, start_of(output, seed))
+    return common
 
-                def committed(row: Row, partition: str = partition, method: str = method, seed: int = seed) -> None:
-                    on_round(partition, method, seed, row)
 
-                runs.append(
-                    Run(
-                        partition,
-                        method,
-                        seed,
-                        tuple(run(setting, method, start, folder, fleet or LocalClients(trainer), committed)),
-                    )
-                )
+def start_of(output: Path, seed: int) -> Path:
+    """The checkpoint that all methods start from with this seed."""
+    return output / f"start-seed{seed}.safetensors"
+
+
+def run_plan(common: Common, plan: Plan, output: Path, fleet: Clients, on_round: Callable[[Row], None]) -> list[Row]:
+    """Do one run, or what is left of it."""
+    setting = make_setting(common, plan.partition, plan.seed)
+    folder = output / "runs" / folder_name(plan.partition) / plan.method / f"seed{plan.seed}"
+    return run(setting, plan.method, start_of(output, plan.seed), folder, fleet, on_round)
+
+
+def run_alone(
+    experiment: Experiment, plan: Plan, output: Path, provenance: Provenance, threads: int
+) -> tuple[Row, ...]:
+    """One run in a process that was made for it."""
+    use_threads(threads)
+    return tuple(run_plan(prepare(experiment, provenance), plan, output, LocalClients(), lambda row: None))
+
+
+def finish(experiment: Experiment, output: Path, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Write the figures of all runs."""
     write_text(output / METRICS, "".join(json.dumps(line) + "\n" for line in lines(runs)))
     write_text(output / SUMMARY, json.dumps(summary(experiment, runs), indent=2, allow_nan=False) + "\n")
     return tuple(runs)

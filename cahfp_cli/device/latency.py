@@ -114,7 +114,8 @@ class Kernels:
         calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
         # Depthwise, a load serves the one block that it belongs to.
         loads = np.where(of("conv", "narrow"), rows * taps * deep * np.ceil(wide / self._step / FILTERS), 0.0)
-        weights = weights * np.where(of(*UNBLOCKED), 1.0, np.minimum(1.0, FETCHED * self._touched))
+        padding = deep * wide / np.maximum(contracted * outputs, 1.0)  # blocked kernels hold their weights padded
+        weights = weights * np.where(of(*UNBLOCKED), 1.0, padding * np.minimum(1.0, FETCHED * self._touched))
         blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
         classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
         return Quantities(classes, operations, loads, moved + unrolled, reordered, reorders, weights, calls)

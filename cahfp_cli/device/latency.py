@@ -27,11 +27,18 @@ from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
 Bools = NDArray[np.bool_]
 
-CLASSES = ("conv", "narrow", "odd", "odd_pointwise", "depthwise", "odd_depthwise", "matmul", "pool", "memory", "math")
+CLASSES = (
+    *("conv", "narrow", "odd", "odd_pointwise", "depthwise", "odd_depthwise", "matmul"),
+    *("pool", "memory", "math", "clip", "view"),
+)
 """Kernels. conv: blocked convolution; narrow: of fewer inputs than a block; odd: of inputs that blocks do not fit,
 which are unrolled for a matrix product; odd_pointwise: the same of one tap, with nothing to unroll; depthwise and
 odd_depthwise: alike, one input an output; matmul: matrix product; pool: over windows of plain channels, those of
-blocked ones only move bytes; memory, math: see `operators.Kind`."""
+blocked ones only move bytes; memory, math, clip, view: see `operators.Kind`."""
+MOVING = CLASSES[CLASSES.index("pool") :]
+"""Those that multiply nothing."""
+FUSED = ("clip", "view")
+"""What takes no time on devices of which only paper is known."""
 FILTERS = 4
 POSITIONS = 6
 EDGES = 2
@@ -114,7 +121,7 @@ class Kernels:
         taps = self._taps * np.where(of(*UNBLOCKED), 1.0, self._inside)
         # A matrix product with the image along the vectors; one position is a product with a vector.
         positions = np.where(of("odd", "odd_pointwise") & (rows > 1), self._padded(rows), rows)
-        operations = np.where(of("pool", "memory", "math"), 0.0, 2 * positions * taps * deep * wide)
+        operations = np.where(of(*MOVING), 0.0, 2 * positions * taps * deep * wide)
         unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         # Unrolling copies line after line, which on small images takes longer than what it copies.
         calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
@@ -138,14 +145,13 @@ class Kernels:
         plain = np.where(inputs < step, NUMBER["narrow"], np.where(inputs % hard == 0, NUMBER["conv"], odd))
         whole = (contracted % step == 0) & (outputs % np.maximum(groups * step, 1) == 0)
         return np.select(
-            [kinds == kind for kind in ("conv", "grouped", "depthwise", "matmul", "pool", "math")],
+            [kinds == kind for kind in ("conv", "grouped", "depthwise", "matmul", "pool", "math", "clip", "view")],
             [
                 plain,
                 np.where(whole, NUMBER["conv"], odd),
                 np.where(inputs % hard == 0, NUMBER["depthwise"], NUMBER["odd_depthwise"]),
                 NUMBER["matmul"],
-                NUMBER["pool"],
-                NUMBER["math"],
+                *(NUMBER[name] for name in ("pool", "math", "clip", "view")),
             ],
             NUMBER["memory"],
         )
@@ -260,7 +266,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
     cache = profile.memory.cache.si if profile.memory.cache is not None else 0.0
     measured = profile.calibration
     if measured is None:
-        same = np.ones(len(CLASSES))
+        same = np.array([name not in FUSED for name in CLASSES], np.float64)
         return Rates(
             same / profile.compute.fp32.reached,
             same / profile.memory.reached,
@@ -274,7 +280,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
             cache,
             profile.overheads.call.si,
         )
-    # Profiles from before pools were timed apart have them among what moves bytes.
+    # Profiles from before these were timed apart have them among what moves bytes.
     classes = [getattr(measured, name) or measured.memory for name in CLASSES]
 
     def seconds_of(rate: Rate | Bandwidth | None) -> float:

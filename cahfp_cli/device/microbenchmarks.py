@@ -30,12 +30,13 @@ class Microbenchmark:
 
 @dataclass(frozen=True)
 class Conv:
-    """outputs: channels; kernel, stride: of both image axes; groups: 0 for depthwise."""
+    """outputs: channels; kernel, stride: of both image axes; groups: 0 for depthwise. clips: instead of a ReLU."""
 
     outputs: int
     kernel: int = 3
     stride: int = 1
     groups: int = 1
+    clips: bool = False
 
 
 def fixed(*lengths: int) -> Size:
@@ -55,7 +56,7 @@ class Chain:
         self._random = np.random.default_rng(0)
 
     def conv(self, layer: Conv) -> None:
-        """A convolution with bias and a ReLU that it is fused with."""
+        """A convolution with bias and an activation that it is fused with."""
         _, channels, height, width = self.shape
         groups, outputs = layer.groups or channels, layer.outputs or channels
         own, kernel = channels // groups, (layer.kernel, layer.kernel)
@@ -83,7 +84,11 @@ class Chain:
             )
         )
         self.shape = out
-        self._add("Relu", out, [])
+        if layer.clips:
+            self._add("Clip", out, [(), ()])
+            self._append("clip", "clip", out, "same")
+        else:
+            self._add("Relu", out, [])
 
     def matmul(self, outputs: int) -> None:
         """A product with a weight matrix."""
@@ -130,6 +135,14 @@ class Chain:
         self._append("pool", "pool", out, "whole")
         self.shape = out
 
+    def view(self, *shape: int) -> None:
+        """The same bytes in another shape."""
+        name = f"s{len(self._nodes)}"
+        self._weights.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+        self._nodes.append(helper.make_node("Reshape", [self._last, name], [f"y{len(self._nodes)}"]))
+        self._last, self.shape = self._nodes[-1].output[0], shape
+        self.operators.append(Operator("view", "view"))
+
     def mean(self) -> None:
         """The mean over each channel's image."""
         out = (*self.shape[:2], 1, 1)
@@ -170,7 +183,9 @@ class Chain:
         names = [f"w{number}.{i}" for i in range(len(weights))]
         for own, name in zip(weights, names, strict=True):
             values = self._random.standard_normal(own, dtype=np.float32) / np.float32(np.sqrt(np.prod(own[1:]) + 1))
-            self._weights.append(numpy_helper.from_array(values, name))
+            if operator == "Clip":  # its bounds, as of ReLU6
+                values = np.full((), 0.0 if name.endswith("0") else 6.0, np.float32)
+            self._weights.append(numpy_helper.from_array(np.asarray(values), name))
         self._nodes.append(helper.make_node(operator, [self._last, *names], [f"y{number}"], **options))
         self._last = f"y{number}"
 
@@ -263,6 +278,23 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
         for _ in range(8):
             chain.double()
         yield chain.built(f"add, {'x'.join(map(str, shape))}")
+    for channels, image, kernel, groups in (
+        (64, 32, 1, 1),
+        (48, 16, 3, 1),
+        (96, 16, 3, 0),
+        (144, 8, 3, 0),
+        (132, 14, 1, 1),
+    ):
+        name = f"clip after {kernel}x{kernel}, {channels} channels, {image}x{image}, {groups or channels} groups"
+        yield convolutions(name, channels, image, Conv(channels, kernel, groups=groups, clips=True), repeat=4)
+    for rows, columns in ((17, 64), (65, 192)):
+        chain = Chain(1, rows, columns)
+        for _ in range(4):
+            chain.view(1, columns, rows)
+            chain.double()
+            chain.view(1, rows, columns)
+            chain.double()
+        yield chain.built(f"views, {rows}x{columns}")
     for channels, image in ((64, 32), (32, 16), (36, 28), (20, 16), (100, 14)):
         chain = Chain(1, channels, image, image)
         chain.conv(Conv(channels, 1))

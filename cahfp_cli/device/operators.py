@@ -6,9 +6,10 @@ from typing import Literal, get_args
 from cahfp_cli.device.arena import Schedule
 from cahfp_cli.device.sizes import Axis, Size
 
-Kind = Literal["conv", "grouped", "depthwise", "matmul", "pool", "memory", "math", "free"]
+Kind = Literal["conv", "grouped", "depthwise", "matmul", "pool", "memory", "math", "clip", "view", "free"]
 """grouped: convolution of several groups; pool: over windows; memory: moves bytes (add, concat); math: computes much
-with each element (softmax, layer norm); free: folded or fused into a neighbour (batch norm, activation, reshape)."""
+with each element (softmax, layer norm); clip: an activation that kernels apply to what they have written; view: another
+shape of the same bytes; free: folded or fused into a neighbour (batch norm, ReLU)."""
 Layout = Literal["plain", "same", "whole"]
 """How an operator that is no convolution takes channels that come in blocks: not at all; as they are, if all its inputs
 come so; or that only if the channels of each input fill their blocks."""

@@ -237,6 +237,8 @@ class Calibration(Record):
     pool: OperatorClass | None = None
     memory: OperatorClass
     math: OperatorClass
+    clip: OperatorClass | None = None
+    view: OperatorClass | None = None
     loads: Rate | None = None
     fetches: Rate | None = None
     reorder: Bandwidth | None = None

@@ -206,9 +206,9 @@ def describe(
     if operation.name in TRANSPOSED and len(out.axes) > 2:
         return [Operator(name, "memory", reads, writes)]
     if is_folded and operation.name in CLIPS:
-        return [Operator(name, "memory", reads, writes, layout="same")]
+        return [Operator(name, "clip", reads, writes, layout="same")]
     if is_folded and operation.name in VIEWS - RENAMED - {"t"} and len(activations) == 1:
-        return [Operator(name, "memory")]
+        return [Operator(name, "view")]
     if (is_folded and len(activations) == 1) or operation.name == "clone":  # a copy of what was transposed
         return [Operator(name, "free")]
     moves: Kind = "math" if operation.name in MATH else "pool" if operation.name in POOLS else "memory"

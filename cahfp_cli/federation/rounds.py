@@ -187,7 +187,9 @@ def with_scores(
             memory = memory.with_score(client, sound, number, table.decay)
     mix = table.score_mix if method.mix is None else method.mix
     churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
-    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, layers=method.layers)
+    # From scratch, curvature shows what the widths so far made of the network, not which it would need.
+    choose = None if cold else layered if method.layers else even
+    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, choose)
     return memory, uploaded, flops
 
 

@@ -3,6 +3,7 @@
 All masks are renewed together, every few rounds, so that devices alike whose scores are alike train the same submodel.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,10 @@ from cahfp_cli.federation.memory import Floats, Mask, Memory, limited
 from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.selection import by_family, grow, select, strongest
 from cahfp_cli.pruning.target import Widths, target_of
+
+
+Choose = Callable[[Floats, ChannelGroups, CostModel, Budget], Mask]
+"""Called with significance, groups, and what a device's widths cost and may cost."""
 
 
 def level(groups: ChannelGroups) -> Floats:
@@ -49,23 +54,26 @@ def even(significance: Floats, groups: ChannelGroups, cost: CostModel, budget: B
 
 
 def renewed(
-    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, *, layers: bool
+    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Choose | None
 ) -> Memory:
     """The memory with masks chosen anew from its scores, of all clients.
 
-    Args: mix: see `Memory.significance`. churn: share of a layer's kept groups that a new mask may exchange. layers:
-        whether layers have widths of their own.
+    Args: mix: see `Memory.significance`. churn: share of a layer's kept groups that a new mask may exchange. choose:
+        `layered` or `even`; None leaves every layer as wide as it is.
     """
     masks, known = memory.masks.copy(), {}
     for client, device in enumerate(devices):
-        significance = memory.significance(client, mix)
+        significance, old = memory.significance(client, mix), memory.masks[client]
         if significance is None:
             return memory
         key = (id(device), significance.tobytes())
-        if key not in known:
-            choose = layered if layers else even
-            known[key] = choose(significance, groups, device.cost, device.budget)
-        masks[client] = limited(memory.masks[client], known[key], significance, groups.family, churn)
+        if choose is None:
+            wanted = strongest(significance, groups.family, groups.widths(old))
+        elif key in known:
+            wanted = known[key]
+        else:
+            wanted = known[key] = choose(significance, groups, device.cost, device.budget)
+        masks[client] = limited(old, wanted, significance, groups.family, churn)
     return replace(memory, masks=masks)
 
 

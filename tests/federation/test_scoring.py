@@ -124,13 +124,17 @@ def test_devices_alike_with_shared_scores_keep_the_same_groups() -> None:
     memory = first_memory(setting, METHODS["cahfp"])
     for client in (0, 3, 5):
         memory = memory.with_score(client, random_scores(client), 2, 0.5)
-    shared = renewed(memory, devices, groups, 1.0, 0.3, layers=True)
+    shared = renewed(memory, devices, groups, 1.0, 0.3, layered)
     for first, second in ((0, 1), (2, 3), (4, 5)):
         assert (shared.masks[first] == shared.masks[second]).all()
-    own = renewed(memory, devices, groups, 0.0, 0.3, layers=True)
+    own = renewed(memory, devices, groups, 0.0, 0.3, layered)
     assert (own.masks[2] != own.masks[3]).any()
     unscored = first_memory(setting, METHODS["cahfp"])
-    assert renewed(unscored, devices, groups, 1.0, 0.3, layers=True) is unscored
+    assert renewed(unscored, devices, groups, 1.0, 0.3, layered) is unscored
+    still = renewed(memory, devices, groups, 1.0, 1.0, None)
+    for before, after in zip(memory.masks, still.masks, strict=True):
+        assert (groups.widths(before) == groups.widths(after)).all()
+    assert (still.masks != memory.masks).any()
 
 
 def test_a_nesting_client_trains_its_mask_or_that_of_a_smaller_device() -> None:

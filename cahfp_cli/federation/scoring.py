@@ -16,7 +16,6 @@ from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.selection import by_family, grow, select, strongest
 from cahfp_cli.pruning.target import Widths, target_of
 
-
 Choose = Callable[[Floats, ChannelGroups, CostModel, Budget], Mask]
 """Called with significance, groups, and what a device's widths cost and may cost."""
 
@@ -61,7 +60,8 @@ def renewed(
     Args: mix: see `Memory.significance`. churn: share of a layer's kept groups that a new mask may exchange. choose:
         `layered` or `even`; None leaves every layer as wide as it is.
     """
-    masks, known = memory.masks.copy(), {}
+    masks = memory.masks.copy()
+    known: dict[tuple[int, bytes], Mask] = {}
     for client, device in enumerate(devices):
         significance, old = memory.significance(client, mix), memory.masks[client]
         if significance is None:

@@ -68,9 +68,9 @@ def fill(sums: Sums) -> Floats:
     filled = missing * sums.previous
     filled += sums.weighted
     filled /= sums.total
-    nothing = sums.weighted == 0
-    if nothing.any():  # -0.0 + 0 * w is 0.0, but what all clients hold is not to feel w at all
-        filled = np.where(nothing & (missing == 0), sums.weighted, filled)
+    unfelt = (missing == 0) & (sums.weighted == 0)
+    if unfelt.any():  # -0.0 + 0 * w is 0.0, but what all clients hold is not to feel w at all
+        filled = np.where(unfelt, sums.weighted, filled)
     return np.asarray(filled)
 
 

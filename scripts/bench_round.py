@@ -7,8 +7,8 @@ and committing the round. Three methods: `fedavg` on a network of 1 MB sends eve
 cut submodels of 1 MB from a network of 2.2 MB, the one by few masks, the other by one of its own for each client.
 
 How to read the output: seconds a round, wall and CPU time, the median over rounds (the first, which fills caches, and
-the last, which is evaluated, do not count), beside the least. The bar is 0.3 s of wall time for each method. With --quick 6
-rounds count instead of 20. The last line is JSON: each figure, the bar beside it, and `holds`.
+the last, which is evaluated, do not count), beside the least. The bar is 0.3 s of wall time for each method. With
+--quick 6 rounds count instead of 20. The last line is JSON: each figure, the bar beside it, and `holds`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def measure(method: str, counted: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         source = provenance("bench_round", {}, [])
         simulate(experiment(method, counted + 2), Path(folder, "out"), source, trainer=idle, on_round=committed)
-    wall, cpu = ([b - a for a, b in zip(times[:-2], times[1:-1], strict=True)] for times in (walls, cpus))
+    wall, cpu = ([b - a for a, b in pairwise(times[:-1])] for times in (walls, cpus))
     return {
         "megabytes": statistics.mean(sizes),
         "wall": statistics.median(wall),
@@ -91,7 +92,10 @@ def main() -> None:
             flush=True,
         )
         holds = found["wall"] < BAR_SECONDS
-        figures[method] = {name: round(value, 4) for name, value in found.items()} | {"bar": BAR_SECONDS, "holds": holds}
+        figures[method] = {name: round(value, 4) for name, value in found.items()} | {
+            "bar": BAR_SECONDS,
+            "holds": holds,
+        }
     holds = all(entry["holds"] for entry in figures.values())
     print(json.dumps({"quick": options.quick, **figures, "holds": holds}))
 

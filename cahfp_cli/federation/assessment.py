@@ -4,6 +4,7 @@ Statistics of batch norms belong to a network of certain widths, so both are mea
 alone are renewed: on the public split, or else by the clients, who return them to be pooled like any reply.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch import nn
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import dtype_code
 from cahfp_cli.coupling.slicing import clone
+from cahfp_cli.federation.bound import Part, Terms, terms
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.cutting import compact
-from cahfp_cli.federation.memory import Memory
+from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.rounds import load_global, situation_of, train_options
@@ -26,7 +28,7 @@ from cahfp_cli.pruning.index_map import IndexMap, TensorMap
 from cahfp_cli.significance.measure import subset
 from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.recalibration import BATCH_NORMS, recalibrate
-from cahfp_cli.training.sgd import train
+from cahfp_cli.training.sgd import steps_per_epoch, train
 
 BATCH = 256
 
@@ -73,6 +75,24 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
         float(np.mean(tuned)),
         tuple(as_cut),
     )
+
+
+def bound_terms(setting: Setting, before: Path, after: Path, merged: Mapping[int, Mask]) -> Terms:
+    """The terms of the bound of the round that made the checkpoint `after` from `before`.
+
+    Args: merged: masks of the clients whose replies were merged.
+    """
+    common, how = setting.common, setting.experiment.train
+    load_global(setting, after)
+    new = clone(common.network)
+    load_global(setting, before)
+    parts = {}
+    for client, mask in merged.items():
+        steps = how.steps or how.epochs * steps_per_epoch(len(setting.shares[client]), how.batch_size)
+        axes = common.analysis.groups.indices(mask)
+        parts[client] = Part(compact(common.network, common.analysis, mask), axes, steps)
+    data = {client: setting.data_of(client) for client in range(len(setting.shares))}
+    return terms(common.network, data, parts, new, how.lr, how.batch_size)
 
 
 def tuned_accuracy(setting: Setting, submodel: nn.Module, number: int, client: int) -> float:

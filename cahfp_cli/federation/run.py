@@ -18,7 +18,7 @@ from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
-from cahfp_cli.federation.assessment import assess, renew_statistics
+from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.memory import Memory
 from cahfp_cli.federation.methods import METHODS
@@ -69,6 +69,8 @@ def run(
             "seconds": time.perf_counter() - started,
             "coverage": {tensor: list(counts) for tensor, counts in outcome.coverage.items()},
         }
+        if experiment.evaluation.bound_terms:
+            row["bound"] = asdict(bound_terms(setting, before, after, outcome.merged))
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
             found = assess(setting, method, number, after, memory)
             row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back

@@ -54,20 +54,20 @@ def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, ha
         solution, _ = nnls(weighted / scale, weights)
         solution /= scale
         weights = 1 / np.sqrt(np.clip(relative @ solution, LEAST_RATIO, 1 / LEAST_RATIO))
-    operation, byte, overhead = solution[:-6].reshape(3, len(CLASSES))
-    load, reorder, reorder_call, weight, streaming, call = solution[-6:].tolist()
-    rates = Rates(operation, byte, overhead, load, reorder, reorder_call, weight, streaming, cache, call)
+    operation, byte, overhead = solution[:-7].reshape(3, len(CLASSES))
+    load, fetch, reorder, reorder_call, weight, streaming, call = solution[-7:].tolist()
+    rates = Rates(operation, byte, overhead, load, fetch, reorder, reorder_call, weight, streaming, cache, call)
     return Fit(rates, step, hard, relative @ solution - 1)
 
 
 def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -> Array:
-    """What each rate is multiplied with: by class operations, bytes and calls; loads; bytes reordered, times reordered;
-    bytes of weights, of weights streamed; one call."""
+    """What each rate is multiplied with: by class operations, bytes and calls; loads and fetches; bytes reordered, and
+    how many times; bytes of weights, of weights streamed; one call."""
     found = Kernels(benchmark.operators, 0, step, hard).quantities(np.zeros((1, 0)))
     by_class = [
         np.bincount(found.classes[0], weights=quantity[0], minlength=len(CLASSES))
         for quantity in (found.operations, found.moved, found.calls)
     ]
     weights = float(found.weights.sum())
-    sums = [float(quantity.sum()) for quantity in (found.loads, found.reordered, found.reorders)]
+    sums = [float(quantity.sum()) for quantity in (found.loads, found.fetches, found.reordered, found.reorders)]
     return np.concatenate([*by_class, sums, [weights, max(weights - cache, 0.0), 1.0]])

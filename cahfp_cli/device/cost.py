@@ -83,11 +83,12 @@ class CostModel:
         alignment = None if profile is None else profile.alignment
         calibration = None if profile is None else profile.calibration
         self.alignment = 1 if alignment is None else int(alignment.step.value)
-        self._rates = None if profile is None else rates_of(profile)
         # What paper says about a device knows of no slow kernels, so none are assumed.
         self.hard = int(alignment.hard.value) if alignment is not None and calibration is not None else 1
         self._spread = 0.0 if calibration is None or calibration.spread is None else calibration.spread.si
-        self._kernels = None if profile is None else Kernels(operators, workload.families, self.alignment, self.hard)
+        self._timed = None
+        if profile is not None:
+            self._timed = Kernels(operators, workload.families, self.alignment, self.hard), rates_of(profile)
         self._arena = arena_of(workload, profile)
         self.full_widths = np.array(workload.full_widths, np.int64)
         self.full = self.cost(self.full_widths)
@@ -113,9 +114,10 @@ class CostModel:
         else:
             activations = peaks.max(axis=1) if self._arena is None else self._arena(batch)
         latency = None
-        if self._rates is not None and self._kernels is not None:
-            parts = self._rates.seconds(self._kernels.quantities(batch))
-            latency = (sum(part.sum(axis=1) for part in parts) + self._rates.call).reshape(shape)
+        if self._timed is not None:
+            kernels, rates = self._timed
+            parts = rates.seconds(kernels.quantities(batch))
+            latency = (sum(part.sum(axis=1) for part in parts) + rates.call).reshape(shape)
         return Cost(
             latency_seconds=latency,
             slow_seconds=None if latency is None else latency * (1 + self._spread),
@@ -131,14 +133,15 @@ class CostModel:
 
         Raises ValueError for another shape, or if the model was compiled without a profile.
         """
-        if self._rates is None or self._kernels is None:
+        if self._timed is None:
             raise ValueError("a cost model without a profile has no latency")
+        kernels, rates = self._timed
         batch, shape = self._batch(widths)
         times = np.zeros((3, len(batch), len(self.workload.operators)))
-        times[:, :, self._kernels.timed] = self._rates.seconds(self._kernels.quantities(batch))
+        times[:, :, kernels.timed] = rates.seconds(kernels.quantities(batch))
         compute, memory, overhead = times.reshape(3, *shape, -1)
         names = tuple(operator.name for operator in self.workload.operators)
-        return Breakdown(names, compute, memory, overhead, self._rates.call)
+        return Breakdown(names, compute, memory, overhead, rates.call)
 
     def _batch(self, widths: NDArray[Any]) -> tuple[Array, tuple[int, ...]]:
         if widths.ndim not in (1, 2) or widths.shape[-1] != self.workload.families:

@@ -16,12 +16,13 @@ those that do not, the channels are reordered.
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cahfp_cli.device.operators import Operator
-from cahfp_cli.device.profile import Bandwidth, DeviceProfile
+from cahfp_cli.device.operators import Operator, Product
+from cahfp_cli.device.profile import Bandwidth, DeviceProfile, Rate
 from cahfp_cli.device.sizes import ITEM_BYTES, Array, Axis, Size, Sums
 
 Bools = NDArray[np.bool_]
@@ -32,7 +33,9 @@ which are unrolled for a matrix product; odd_pointwise: the same of one tap, wit
 odd_depthwise: alike, one input an output; matmul: matrix product; pool: over windows of plain channels, those of
 blocked ones only move bytes; memory, math: see `operators.Kind`."""
 FILTERS = 4
-"""Blocks of outputs that a blocked convolution computes at once."""
+POSITIONS = 6
+EDGES = 2
+"""What a blocked convolution computes at once: blocks of outputs, positions of a row; and positions at a row's ends."""
 FETCHED = 2
 """Where a kernel skips taps, the memory fetches ahead in vain about as much as is read."""
 UNBLOCKED = ("odd", "odd_pointwise", "odd_depthwise")
@@ -44,7 +47,8 @@ class Quantities:
     """What the timed operators do, each float64 (batch, operators), and int64 `classes` as numbers in `CLASSES`.
 
     operations: multiplications and additions as computed, padding included. loads: of inputs by blocked convolutions,
-    each for up to `FILTERS` blocks of outputs. moved: bytes of activations read and written, and of the unrolled input
+    each for up to `FILTERS` blocks of outputs; fetches: of a block of their weights, each for up to `POSITIONS` of a
+    row. moved: bytes of activations read and written, and of the unrolled input
     that slow convolutions write first. reordered: bytes of inputs that come in blocks and are wanted plain, or the
     other way round, and reorders: how many such inputs. weights: bytes that are read. calls: of kernels.
     """
@@ -52,6 +56,7 @@ class Quantities:
     classes: NDArray[np.int64]
     operations: Array
     loads: Array
+    fetches: Array
     moved: Array
     reordered: Array
     reorders: Array
@@ -91,6 +96,7 @@ class Kernels:
         moved = [[(size, ITEM_BYTES) for size in (*operator.reads, *operator.writes)] for operator in operators]
         weights = [[(size, ITEM_BYTES) for size in operator.weights] for operator in operators]
         self._sums = Sums([*rows, *lines, *channels, *moved, *weights], families)
+        self._stretches = np.array([0.0 if p is None else stretches(p) for p in products])
         self._flow = Flow(operators, families, step)
         self._convolution = np.isin(self._kinds, ("conv", "grouped", "depthwise"))
 
@@ -114,10 +120,13 @@ class Kernels:
         calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
         # Depthwise, a load serves the one block that it belongs to.
         loads = np.where(of("conv", "narrow"), rows * taps * deep * np.ceil(wide / self._step / FILTERS), 0.0)
-        weights = weights * np.where(of(*UNBLOCKED), 1.0, np.minimum(1.0, FETCHED * self._touched))
+        fetches = rows * self._stretches * taps * deep * wide / self._step
+        fetches = np.where(of("conv", "narrow"), fetches, 0.0)
+        padding = deep * wide / np.maximum(contracted * outputs, 1.0)  # blocked kernels hold their weights padded
+        weights = weights * np.where(of(*UNBLOCKED), 1.0, padding * np.minimum(1.0, FETCHED * self._touched))
         blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
         classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
-        return Quantities(classes, operations, loads, moved + unrolled, reordered, reorders, weights, calls)
+        return Quantities(classes, operations, loads, fetches, moved + unrolled, reordered, reorders, weights, calls)
 
     def _padded(self, channels: Array) -> Array:
         return np.asarray(np.ceil(channels / self._step) * self._step)
@@ -140,6 +149,16 @@ class Kernels:
             ],
             NUMBER["memory"],
         )
+
+
+def stretches(product: Product) -> float:
+    """Stretches of positions that a blocked convolution computes at once, for each position. At the ends of a row every
+    position is one of its own, as some of its taps are outside; with one tap all rows together are a single row."""
+    sizes = [axis.constant for axis in product.rows.axes if not axis.terms]
+    if product.taps == 1:
+        return 1 / POSITIONS
+    row = sizes[-1] if sizes else 1
+    return (EDGES + ceil(max(row - EDGES, 0) / POSITIONS)) / max(row, 1)
 
 
 class Flow:
@@ -206,16 +225,17 @@ class Flow:
 class Rates:
     """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call.
 
-    load: seconds a load of `Quantities`. reorder: seconds a reordered byte; reorder_call: seconds an input that is
-    reordered. weight: seconds a byte of weights. streaming: seconds more for a byte that comes from main memory: of the
-    weights of the whole network, those beyond `cache` bytes, since every call walks through all of them in the same
-    order. call: seconds once a call of the network.
+    load, fetch: seconds of one, as `Quantities` counts them. reorder: seconds a reordered byte; reorder_call: seconds
+    an input that is reordered. weight: seconds a byte of weights. streaming: seconds more for a byte that comes from
+    main memory: of the weights of the whole network, those beyond `cache` bytes, since every call walks through all of
+    them in the same order. call: seconds once a call of the network.
     """
 
     operation: Array
     byte: Array
     overhead: Array
     load: float
+    fetch: float
     reorder: float
     reorder_call: float
     weight: float
@@ -229,7 +249,8 @@ class Rates:
         streams = np.clip(1 - self.cache / np.maximum(total, 1.0), 0.0, 1.0)
         moving = found.moved * self.byte[found.classes] + found.reordered * self.reorder
         moving += found.weights * (self.weight + self.streaming * streams)
-        computing = found.operations * self.operation[found.classes] + found.loads * self.load
+        computing = found.operations * self.operation[found.classes]
+        computing += found.loads * self.load + found.fetches * self.fetch
         starting = found.calls * self.overhead[found.classes] + found.reorders * self.reorder_call
         return computing, moving, starting
 
@@ -248,6 +269,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
             0.0,
             0.0,
             0.0,
+            0.0,
             1 / profile.memory.reached,
             cache,
             profile.overheads.call.si,
@@ -255,18 +277,19 @@ def rates_of(profile: DeviceProfile) -> Rates:
     # Profiles from before pools were timed apart have them among what moves bytes.
     classes = [getattr(measured, name) or measured.memory for name in CLASSES]
 
-    def seconds_a_byte(bandwidth: Bandwidth | None) -> float:
-        return 0.0 if bandwidth is None else 1 / bandwidth.si
+    def seconds_of(rate: Rate | Bandwidth | None) -> float:
+        return 0.0 if rate is None else 1 / rate.si
 
     return Rates(
         np.array([0.0 if one.rate is None else 1 / one.rate.si for one in classes]),
-        np.array([seconds_a_byte(one.bandwidth) for one in classes]),
+        np.array([seconds_of(one.bandwidth) for one in classes]),
         np.array([one.overhead.si for one in classes]),
-        0.0 if measured.loads is None else 1 / measured.loads.si,
-        seconds_a_byte(measured.reorder),
+        seconds_of(measured.loads),
+        seconds_of(measured.fetches),
+        seconds_of(measured.reorder),
         0.0 if measured.reorder_overhead is None else measured.reorder_overhead.si,
-        seconds_a_byte(measured.weights),
-        seconds_a_byte(measured.streaming),
+        seconds_of(measured.weights),
+        seconds_of(measured.streaming),
         cache,
         profile.overheads.call.si,
     )

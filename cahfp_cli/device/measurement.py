@@ -145,6 +145,7 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
         "calibration": classes
         | present(
             loads=rate(rates.load, "GFLOP/s"),
+            fetches=rate(rates.fetch, "GFLOP/s"),
             reorder=rate(rates.reorder, "GB/s"),
             reorder_overhead=duration(rates.reorder_call),
             weights=rate(rates.weight, "GB/s"),

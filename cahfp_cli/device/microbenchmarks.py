@@ -215,6 +215,8 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
             (128, 4, 3),
         ),
         *((256, 4, 3), (256, 2, 3), (64, 32, 1), (128, 16, 1), (256, 8, 1), (256, 4, 1), (512, 2, 1), (32, 16, 5)),
+        *((36, 28, 3), (36, 14, 3), (64, 7, 3), (100, 7, 3), (128, 7, 3)),
+        *((64, 3, 3), (128, 3, 3), (180, 3, 3), (256, 3, 3)),
     ]:
         name = f"conv {kernel}x{kernel}, {channels} channels, {image}x{image}"
         yield convolutions(name, channels, image, Conv(channels, kernel), repeat=4)

@@ -222,10 +222,10 @@ class OperatorClass(Record):
 
 
 class Calibration(Record):
-    """Measured kernels, see device/latency.py; `loads`: of inputs by blocked convolutions; `reorder`: bandwidth between
-    plain and blocked channels, and `reorder_overhead` of each time; `weights`: bandwidth of weights; `streaming`: what
-    weights that the cache cannot hold take beyond that; `spread`: standard deviation of predictions from what was
-    measured, as a share."""
+    """Measured kernels, see device/latency.py; `loads` and `fetches`: of inputs and of weights by blocked convolutions;
+    `reorder`: bandwidth between plain and blocked channels, and `reorder_overhead` of each time; `weights`: bandwidth
+    of weights; `streaming`: what weights that the cache cannot hold take beyond that; `spread`: standard deviation of
+    predictions from what was measured, as a share."""
 
     conv: OperatorClass
     narrow: OperatorClass
@@ -238,6 +238,7 @@ class Calibration(Record):
     memory: OperatorClass
     math: OperatorClass
     loads: Rate | None = None
+    fetches: Rate | None = None
     reorder: Bandwidth | None = None
     reorder_overhead: Duration | None = None
     weights: Bandwidth | None = None

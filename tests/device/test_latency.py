@@ -36,7 +36,7 @@ def made_up(seed: int, cache: float) -> Rates:
 
     operation, byte, overhead = 1 / some(1e9, 2e11), 1 / some(1e9, 1e11), some(1e-7, 1e-5)
     operation[IDLE] = 0.0  # they have no operations to be slow at
-    return Rates(operation, byte, overhead, 1 / 3e10, 1 / 2e10, 2e-6, 1 / 9e10, 1 / 1.5e10, cache, 5e-6)
+    return Rates(operation, byte, overhead, 1 / 3e10, 1 / 4e10, 1 / 2e10, 2e-6, 1 / 9e10, 1 / 1.5e10, cache, 5e-6)
 
 
 def times(rates: Rates, step: int, hard: int) -> np.ndarray:
@@ -79,7 +79,9 @@ def test_a_fit_never_finds_a_negative_rate() -> None:
     rates = fit(BENCHMARKS, seconds).rates
     for values in (rates.operation, rates.byte, rates.overhead):
         assert (values >= 0).all()
-    assert min(rates.load, rates.reorder, rates.reorder_call, rates.weight, rates.streaming, rates.call) >= 0
+    assert (
+        min(rates.load, rates.fetch, rates.reorder, rates.reorder_call, rates.weight, rates.streaming, rates.call) >= 0
+    )
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
@@ -202,6 +204,12 @@ def test_pools_and_concatenations_take_blocks_only_of_channels_that_fill_them() 
 def test_a_blocked_convolution_loads_its_inputs_once_for_four_blocks_of_outputs(outputs: int, passes: int) -> None:
     assert one("conv", 32, outputs, 32).loads[0, 0] == 49 * 9 * 32 * passes
     assert one("conv", 33, outputs, 33).loads[0, 0] == 0  # a matrix product blocks otherwise
+
+
+@pytest.mark.parametrize(("row", "groups"), [(1, 2), (3, 3), (8, 3), (9, 4), (49, 10)])
+def test_a_blocked_convolution_fetches_weights_for_each_stretch_of_a_row(row: int, groups: int) -> None:
+    assert one("conv", 32, 48, 32, rows=row).fetches[0, 0] == pytest.approx(groups * 9 * 32 * 3)  # of three blocks
+    assert one("conv", 32, 48, 32, rows=row, taps=1).fetches[0, 0] == pytest.approx(row / 6 * 32 * 3)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,18 @@ def test_a_file_gives_back_the_profile_and_its_rates(seed: int, tmp_path: Path) 
     path.write_text(profile_toml(Measured(profile, found, ("a", 'b "quoted"'), np.array([1.0, 2.0]))))
     assert read_profile(path) == profile
     back = rates_of(read_profile(path))
-    names = ("operation", "byte", "overhead", "load", "reorder", "reorder_call", "weight", "streaming", "cache", "call")
+    names = (
+        "operation",
+        "byte",
+        "overhead",
+        "load",
+        "fetch",
+        "reorder",
+        "reorder_call",
+        "weight",
+        "streaming",
+        "cache",
+        "call",
+    )
     for name in names:
         np.testing.assert_allclose(getattr(back, name), getattr(rates, name), rtol=1e-3, err_msg=name)

@@ -55,6 +55,25 @@ def test_a_command_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path
     assert whole == killed and not list(output.rglob(".*"))
 
 
+def test_runs_in_parallel_give_the_bytes_and_figures_of_runs_one_after_the_other(tmp_path: Path) -> None:
+    toml = write_toml(tmp_path / "e.toml")
+    said = [
+        run_well("simulate", toml, "-o", tmp_path / f"jobs{jobs}", "--threads", 1, "--jobs", jobs, "--json").json
+        for jobs in (1, 2)
+    ]
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+        for folder in (tmp_path / "jobs1", tmp_path / "jobs2")
+    )
+    assert one == two and len(one) > 4
+    without_seconds = [[{**entry, "seconds": 0} for entry in each["results"]] for each in said]
+    assert without_seconds[0] == without_seconds[1]
+    write_toml(toml, TOML.replace('"heterofl"', '"fedavg-strong"').replace("keep = 1.0", "keep = 0.5"))
+    failed = run("simulate", toml, "-o", tmp_path / "none", "--jobs", 2)
+    assert failed.code == 3 and "no device of the fleet holds the whole network" in failed.stderr
+    assert run("simulate", toml, "-o", tmp_path / "x", "--jobs", 2, "--backend", "flower").code == 2
+
+
 def test_natural_users_come_by_column(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x, y = random.random((80, 1, 8, 8), np.float32), np.arange(80) % 2

@@ -13,12 +13,12 @@ from cahfp_cli.checkpoint.digest import content_digest, file_sha256
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.simulation import simulate
 from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import write_index_map
+from cahfp_cli.pruning.index_map import IndexMap, write_index_map
 from cahfp_cli.reconstruction import gate as reconstruction_gate
 from cahfp_cli.reconstruction.merge import reconstruct
 from tests.federation.small import PROVENANCE, experiment
@@ -212,6 +212,37 @@ def test_a_round_merges_to_what_reconstruct_makes_of_the_folders_of_its_replies(
     with open_safetensors(after) as file:
         recorded = {one.file: one.sha256 for one in read_metadata(file, CheckpointMetadata).provenance.inputs}
     assert recorded == {f"{folder.name}/{TENSORS}": file_sha256(folder / TENSORS) for folder in folders}
+
+
+def test_coverage_counts_the_clients_that_hold_each_entry(tmp_path: Path) -> None:
+    maps: dict[int, IndexMap] = {}
+
+    def kept(task: Task) -> Reply:
+        if task.client == 1:
+            raise InputError("no reply")
+        maps[task.client] = task.index_map
+        return train_client(task)
+
+    (run,) = simulate(
+        experiment(methods=["random"], rounds=1, clients_per_round=6), tmp_path / "out", PROVENANCE, trainer=kept
+    )
+    found = run.rows[0]["coverage"]
+    names = {name for name, entry in maps[0].tensors.items() if len(entry.shape) > 1}
+    assert found.keys() == names and len(maps) == 5
+    for name, counts in found.items():
+        holders = np.zeros(maps[0].tensors[name].shape, int)
+        for index_map in maps.values():
+            entry = index_map.tensors[name]
+            whole = [np.arange(n) if one is None else one for one, n in zip(entry.axes, entry.shape, strict=True)]
+            holders[np.ix_(*whole)] += 1
+        assert counts == np.bincount(holders.reshape(-1), minlength=6).tolist()
+    assert sum(map(len, found.values())) == 6 * len(found) and max(map(max, found.values())) > 0
+
+
+def test_the_rule_by_curvature_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'curvature' needs curvature of each client"):
+        simulate(experiment(rule="curvature"), tmp_path / "out", PROVENANCE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_submodels_fit_their_devices_and_uploads_are_counted(tmp_path: Path) -> None:

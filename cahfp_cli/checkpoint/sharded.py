@@ -82,7 +82,7 @@ def open_checkpoint(path: Path) -> SafetensorsFile | ShardedCheckpoint:
 
 
 def write_like(
-    checkpoint: SafetensorsFile | ShardedCheckpoint,
+    checkpoint: Tensors,
     target: Path,
     blocks: Callable[[TensorSpec], Iterator[Array]],
     metadata: Mapping[str, str],
@@ -92,7 +92,7 @@ def write_like(
 
     Args: blocks: as for `write_safetensors`.
     """
-    if isinstance(checkpoint, SafetensorsFile):
+    if not isinstance(checkpoint, ShardedCheckpoint):
         write_safetensors(target, _specs(checkpoint), blocks, metadata)
         return
     for number, (name, shard) in enumerate(checkpoint.shards.items()):
@@ -100,7 +100,7 @@ def write_like(
     (target / checkpoint.path.name).write_text(json.dumps(checkpoint.index, indent=2, sort_keys=True) + "\n")
 
 
-def _specs(file: SafetensorsFile) -> list[TensorSpec]:
+def _specs(file: Tensors) -> list[TensorSpec]:
     return [TensorSpec(info.name, info.dtype, info.shape) for info in file.tensors.values()]
 
 

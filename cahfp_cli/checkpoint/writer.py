@@ -34,12 +34,9 @@ def write_safetensors(
     Args: blocks: for a tensor, its elements in C order as arrays of its dtype, usually some rows each.
     Raises: ValueError: names repeat, or blocks do not have the dtype and number of elements of their tensor.
     """
-    # Wide elements first: each tensor then starts at a multiple of its element size, which mapping readers rely on.
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
-    header = _header(ordered, metadata)
+    ordered, start = layout(tensors, metadata)
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(LENGTH_BYTES, "little"))
-        file.write(header)
+        file.write(start)
         for tensor in ordered:
             written = 0
             for block in blocks(tensor):
@@ -57,6 +54,17 @@ def save_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, 
     """
     tensors = [TensorSpec(name, dtype_code(array.dtype), array.shape) for name, array in arrays.items()]
     write_safetensors(path, tensors, lambda tensor: iter([arrays[tensor.name]]), metadata)
+
+
+def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[list[TensorSpec], bytes]:
+    """The tensors in the order in which a file has them, and everything before the first element.
+
+    Raises: ValueError: names repeat.
+    """
+    # Wide elements first: each tensor then starts at a multiple of its element size, which mapping readers rely on.
+    ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+    header = _header(ordered, metadata)
+    return ordered, len(header).to_bytes(LENGTH_BYTES, "little") + header
 
 
 def _header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

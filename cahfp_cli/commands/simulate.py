@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.commands.live import watched
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
     from cahfp_cli.federation.experiment import Experiment
     from cahfp_cli.federation.simulation import Run
+    from cahfp_cli.plots.html_report import Picture
 
 BACKENDS = ("local", "flower")
 COLUMNS = ("method", "global, %", "as left, %", "deployed, %", "tuned, %", "uploaded, MB", "client TFLOP", "seconds")
@@ -66,27 +68,18 @@ def simulate(
     asked = read_experiment(experiment)
     use_threads(threads)
 
-    def committed(partition: str, method: str, seed: int, row: dict[str, Any]) -> None:
-        for client, why in row["dropped"].items():
-            console.warn(f"{partition}, {method}, seed {seed}, round {row['round']}: client {client} dropped: {why}")
-        if "accuracy" in row:
-            found = row["accuracy"]
-            console.note(
-                f"{partition}, {method}, seed {seed}, round {row['round']}/{asked.rounds}: "
-                f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
-            )
-
     source = provenance("simulate", {}, [experiment])
-    if backend == "flower":
-        from cahfp_cli.federation.flower.engine import simulate_on_flower
+    with watched(console, asked.rounds) as committed:
+        if backend == "flower":
+            from cahfp_cli.federation.flower.engine import simulate_on_flower
 
-        runs = simulate_on_flower(asked, output, source, deadline=deadline, resume=resume, on_round=committed)
-    elif jobs > 1:
-        runs = simulate_in_parallel(
-            asked, output, source, jobs, torch.get_num_threads(), resume=resume, on_round=committed
-        )
-    else:
-        runs = run(asked, output, source, resume=resume, on_round=committed)
+            runs = simulate_on_flower(asked, output, source, deadline=deadline, resume=resume, on_round=committed)
+        elif jobs > 1:
+            runs = simulate_in_parallel(
+                asked, output, source, jobs, torch.get_num_threads(), resume=resume, on_round=committed
+            )
+        else:
+            runs = run(asked, output, source, resume=resume, on_round=committed)
     found = summary(asked, runs)
     write_figures(asked, runs, found, output)
     text = "\n\n".join(f"{p}\n{table(COLUMNS, rows_of(found, p))}" for p in asked.partitions)
@@ -139,6 +132,9 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
                 figure = draw_curves(curves, partition, label, shown, log)
                 save_figure(figure, output / f"{folder_name(partition)}-{accuracy}-by-{name}.png", force=True)
                 parts.append(Picture(f"{partition}: {shown} by {label}", figure))
+        parts += coverage_parts(asked, runs, partition, output)
+        if asked.evaluation.bound_terms:
+            parts.append(bound_part(asked, runs, partition, output))
         numbers = [str(client) for client in range(asked.clients)]
         parts.append(Table(f"{partition}: accuracy of each device's submodel as cut, %", ("method", *numbers), devices))
     parts.append(Listing("Experiment", asked.model_dump_json(indent=2)))
@@ -150,6 +146,45 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
         "the submodels cut for them; tuned: after one local epoch. uploaded and FLOP: of all clients in all rounds."
     )
     write_text(output / "report.html", html_report(f"cahfp simulate: {asked.name}", introduction, parts))
+
+
+def rounds_of(asked: "Experiment", runs: "Sequence[Run]", partition: str, key: str) -> dict[str, list[list[Any]]]:
+    """A figure of every round of every run on a partition, by method."""
+    return {
+        method: [[row[key] for row in one.rows] for one in runs if (one.partition, one.method) == (partition, method)]
+        for method in asked.methods
+    }
+
+
+def coverage_parts(asked: "Experiment", runs: "Sequence[Run]", partition: str, output: Path) -> "list[Picture]":
+    """Who trains what, by round and by layer."""
+    from cahfp_cli.federation.simulation import folder_name
+    from cahfp_cli.plots.figure_file import save_figure
+    from cahfp_cli.plots.html_report import Picture
+    from cahfp_cli.plots.training_coverage import by_layer, by_round, draw_by_layer, draw_by_round
+
+    most, title = asked.clients_per_round, f"{partition}: clients of a round that train an entry"
+    rows = rounds_of(asked, runs, partition, "coverage")
+    figures = {
+        "round": draw_by_round({method: by_round(own, most) for method, own in rows.items()}, title),
+        "layer": draw_by_layer({method: by_layer(own, most) for method, own in rows.items()}, title),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, output / f"{folder_name(partition)}-coverage-by-{name}.png", force=True)
+    return [Picture(f"{title}, by {name}", figure) for name, figure in figures.items()]
+
+
+def bound_part(asked: "Experiment", runs: "Sequence[Run]", partition: str, output: Path) -> "Picture":
+    """The terms of the convergence bound."""
+    from cahfp_cli.federation.simulation import folder_name
+    from cahfp_cli.plots.bound import draw_bound
+    from cahfp_cli.plots.figure_file import save_figure
+    from cahfp_cli.plots.html_report import Picture
+
+    title = f"{partition}: terms of the convergence bound by round, without their constants"
+    figure = draw_bound(rounds_of(asked, runs, partition, "bound"), title)
+    save_figure(figure, output / f"{folder_name(partition)}-bound.png", force=True)
+    return Picture(title, figure)
 
 
 def curve(one: "Run", x_of: Callable[[dict[str, Any]], float], accuracy: str) -> tuple[list[float], list[float]]:

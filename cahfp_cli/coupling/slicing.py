@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
+ORDINARY = [getattr(nn.Module, name) for name in STATE_METHODS] + [nn.modules.conv._ConvNd.__setstate__]
+"""What copies attributes and no more; a convolution's adds those that files of old versions lack."""
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
 Indices = Mapping[str, tuple[NDArray[np.int32] | None, ...]]
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +48,7 @@ def copy_modules(model: M, memo: dict[int, Any]) -> M:
     shells = []
     for module in model.modules():
         kind = type(module)
-        if hasattr(kind, "__deepcopy__") or any(getattr(kind, n) is not getattr(nn.Module, n) for n in STATE_METHODS):
+        if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) not in ORDINARY for name in STATE_METHODS):
             continue  # its own way to be copied
         memo[id(module)] = shell = kind.__new__(kind)
         shells.append((module, shell))

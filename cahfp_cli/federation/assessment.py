@@ -4,31 +4,31 @@ Statistics of batch norms belong to a network of certain widths, so both are mea
 alone are renewed: on the public split, or else by the clients, who return them to be pooled like any reply.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch import nn
 
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import dtype_code
-from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.coupling.slicing import clone
+from cahfp_cli.federation.bound import Part, Terms, terms
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.cutting import compact
-from cahfp_cli.federation.memory import Memory
-from cahfp_cli.federation.merging import Contribution, merge
+from cahfp_cli.federation.memory import Mask, Memory
+from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.rounds import load_global, situation_of, train_options
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.models.checkpoint_io import save_checkpoint, state_arrays, to_tensor
+from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap
 from cahfp_cli.significance.measure import subset
 from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.recalibration import BATCH_NORMS, recalibrate
-from cahfp_cli.training.sgd import train
+from cahfp_cli.training.sgd import steps_per_epoch, train
 
 BATCH = 256
 
@@ -77,6 +77,24 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
     )
 
 
+def bound_terms(setting: Setting, before: Path, after: Path, merged: Mapping[int, Mask]) -> Terms:
+    """The terms of the bound of the round that made the checkpoint `after` from `before`.
+
+    Args: merged: masks of the clients whose replies were merged.
+    """
+    common, how = setting.common, setting.experiment.train
+    load_global(setting, after)
+    new = clone(common.network)
+    load_global(setting, before)
+    parts = {}
+    for client, mask in merged.items():
+        steps = how.steps or how.epochs * steps_per_epoch(len(setting.shares[client]), how.batch_size)
+        axes = common.analysis.groups.indices(mask)
+        parts[client] = Part(compact(common.network, common.analysis, mask), axes, steps)
+    data = {client: setting.data_of(client) for client in range(len(setting.shares))}
+    return terms(common.network, data, parts, new, how.lr, how.batch_size)
+
+
 def tuned_accuracy(setting: Setting, submodel: nn.Module, number: int, client: int) -> float:
     """After one local epoch on the client's own data."""
     seed = derived(Purpose.DEPLOYMENT, setting.seed, number, client)
@@ -93,21 +111,18 @@ def renew_statistics(setting: Setting, network: nn.Module) -> None:
     if public is not None:
         recalibrate(network, public.x, size)
         return
-    about, samples = setting.common.metadata(), setting.experiment.evaluation.samples
-    before = state_arrays(network)
+    samples = setting.experiment.evaluation.samples
+    before = {name: array.copy() for name, array in state_arrays(network).items()}
+    merger = Merger.of(before, setting.common.metadata())
     whole = IndexMap(
         arrays_digest(before),
         {name: TensorMap(a.shape, dtype_code(a.dtype), (None,) * a.ndim) for name, a in before.items()},
     )
-    contributions = []
+    clients = []
     for client in range(len(setting.shares)):
         own = subset(setting.data_of(client), samples, derived(Purpose.STATISTICS, setting.seed, client))
         measured = clone(network)
         recalibrate(measured, own.x, size)
-        contributions.append(Contribution(client, state_arrays(measured), len(setting.shares[client]), whole))
-    with TemporaryDirectory() as temporary:
-        start, pooled = Path(temporary, "network.safetensors"), Path(temporary, "pooled.safetensors")
-        save_checkpoint(start, network, about, force=False)
-        merge(start, about, contributions, pooled, "covered")
-        with open_safetensors(pooled) as file:
-            network.load_state_dict({name: to_tensor(file.read(name).copy()) for name in file.tensors}, strict=False)
+        clients.append(merger.admitted(client, state_arrays(measured), len(setting.shares[client]), whole))
+    pooled = merger.merged(clients, "covered").arrays
+    network.load_state_dict({name: to_tensor(array) for name, array in pooled.items()}, strict=False)

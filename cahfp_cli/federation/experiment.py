@@ -93,10 +93,12 @@ class Start(Record):
 
 class Evaluation(Record):
     """When and on what to measure. every: rounds between evaluations (the last round always has one). samples: of each
-    client in the phase that returns statistics of norms alone, if there is no public split."""
+    client in the phase that returns statistics of norms alone, if there is no public split. bound_terms: measure the
+    terms of the convergence bound in every round, see bound.py."""
 
     every: Whole = 5
     samples: Annotated[int, Field(strict=True, ge=2)] = 64
+    bound_terms: Annotated[bool, Field(strict=True)] = False
 
 
 class Experiment(Record):

@@ -1,55 +1,80 @@
-"""Replies become submodel folders, and `reconstruct` merges them: the code that `cahfp reconstruct` runs."""
+"""Replies are merged in memory, by the gate and the code that `cahfp reconstruct` runs on folders, to the same bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from cahfp_cli.checkpoint.dtypes import Array
+import numpy as np
+
+from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array
+from cahfp_cli.checkpoint.in_memory import TensorsInMemory
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata
-from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, write_index_map
-from cahfp_cli.reconstruction.merge import reconstruct
+from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.reconstruction.blocks import Holders
+from cahfp_cli.reconstruction.clients import Client, client_in_memory, in_merging_order, map_key
+from cahfp_cli.reconstruction.merge import coverage_of
+from cahfp_cli.reconstruction.report import TensorCoverage
+from cahfp_cli.reconstruction.round import Round, Step, merged_blocks
+from cahfp_cli.reconstruction.rules import rule_named
 
-REPLIES = ".replies-"
-"""How the names of folders begin that hold replies while they are merged."""
+GLOBAL = Path("the global checkpoint")
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """A client's sound reply, with the index map that the server cut its submodel by."""
+class Merger:
+    """The server's side of a merge: the global tensors, and what the checkpoint says of itself (it names its model,
+    input shape and classes)."""
 
-    client: int
+    checkpoint: TensorsInMemory
+    about: CheckpointMetadata
+
+    @staticmethod
+    def of(arrays: Mapping[str, Array], about: CheckpointMetadata) -> "Merger":
+        return Merger(TensorsInMemory(GLOBAL, arrays, {}), about)
+
+    def admitted(self, client: int, arrays: Mapping[str, Array], num_examples: int, index_map: IndexMap) -> Client:
+        """A reply as one that is merged.
+
+        Args: arrays: of the names, shapes and dtypes of `index_map`, by which the server cut what it sent.
+        Raises: InputError: numbers in it do not pass the gate of `reconstruct`.
+        """
+        about = self.about
+        assert about.model is not None and about.input_shape is not None and about.classes is not None
+        metadata = SubmodelMetadata(
+            model=about.model,
+            input_shape=about.input_shape,
+            classes=about.classes,
+            checkpoint=index_map.checkpoint,
+            num_examples=int(num_examples),
+            provenance=about.provenance,
+        )
+        tensors = TensorsInMemory(Path(f"client-{client}"), arrays, dump_metadata(metadata))
+        return client_in_memory(self.checkpoint, tensors, index_map, map_key(index_map), num_examples)
+
+    def record(self, clients: Sequence[Client]) -> CheckpointMetadata:
+        """What the merged checkpoint says of itself: each reply goes by the sha256 that it has as a file."""
+        inputs = [one for client in clients for one in client.inputs]
+        ordered = tuple(sorted(inputs, key=lambda one: (one.file, one.sha256)))
+        provenance = self.about.provenance.model_copy(update={"inputs": ordered})
+        return self.about.model_copy(update={"provenance": provenance})
+
+    def merged(self, clients: Sequence[Client], rule: str) -> "Merged":
+        """Raises: InputError: the merged numbers overflow."""
+        this = Round(self.checkpoint, tuple(in_merging_order(clients)), rule_named(rule), Step(), None, threads=1)
+        arrays, coverage = {}, []
+        for name, info in self.checkpoint.tensors.items():
+            holders = Holders(name, info.shape, this.clients)
+            nothing = np.empty(0, DTYPES[info.dtype])  # all there is of an empty tensor
+            blocks = [block.reshape(-1) for block in merged_blocks(info, this, holders)]
+            arrays[name] = np.concatenate([nothing, *blocks]).reshape(info.shape)
+            if info.dtype in FLOATS and len(info.shape) > 1:
+                coverage.append(coverage_of(info, holders, len(clients)))
+        return Merged(arrays, tuple(coverage))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The new global tensors, and how many entries of each weight (of two axes or more) how many clients hold."""
+
     arrays: Mapping[str, Array]
-    num_examples: int
-    index_map: IndexMap
-
-
-def merge(
-    checkpoint: Path, about: CheckpointMetadata, contributions: Sequence[Contribution], output: Path, rule: str
-) -> None:
-    """Merge into a new checkpoint `output`, which is replaced if it exists; folders of the clients lie beside it
-    meanwhile.
-
-    Args: about: what `checkpoint` says of itself; it names its model, input shape and classes.
-    Raises: InputError: the merged numbers overflow.
-    """
-    assert about.model is not None and about.input_shape is not None and about.classes is not None
-    with TemporaryDirectory(prefix=REPLIES, dir=output.parent) as temporary:
-        folders = []
-        for one in contributions:
-            folder = Path(temporary, f"client-{one.client}")
-            folder.mkdir()
-            metadata = SubmodelMetadata(
-                model=about.model,
-                input_shape=about.input_shape,
-                classes=about.classes,
-                checkpoint=one.index_map.checkpoint,
-                num_examples=int(one.num_examples),
-                provenance=about.provenance,
-            )
-            save_arrays(folder / TENSORS, one.arrays, dump_metadata(metadata))
-            write_index_map(folder / INDEX_MAP, one.index_map, about.provenance)
-            folders.append(folder)
-        reconstruct(checkpoint, folders, output, rule=rule, force=True, provenance=about.provenance)
+    coverage: tuple[TensorCoverage, ...]

@@ -2,31 +2,35 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cahfp_cli.checkpoint.atomic import atomic_file
-from cahfp_cli.checkpoint.digest import content_digest
+from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import Array
+from cahfp_cli.checkpoint.metadata import dump_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.analysis import check_slice
 from cahfp_cli.device.derived import BACKWARD
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.federation.client import Task, rates_of, samples_seen
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.gate import checked_scores, fault_of
 from cahfp_cli.federation.memory import Mask, Memory
-from cahfp_cli.federation.merging import Contribution, merge
+from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.scoring import even, layered, level, nested, renewed
 from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
+from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
+from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.significance.registry import find_criterion
 from cahfp_cli.training.sgd import TrainOptions
 
@@ -38,7 +42,9 @@ SCORE_BYTES = 4
 @dataclass(frozen=True)
 class Outcome:
     """What a round did. loss: mean training loss of the replies merged, by examples, None if there were none.
-    dropped: why, by client. uploaded: bytes of all replies and scores. flops: of the clients, predicted."""
+    dropped: why, by client. uploaded: bytes of all replies and scores. flops: of the clients, predicted.
+    failed: why nothing was merged, so that the global checkpoint stayed as it was; None if it went well. merged: masks
+    of the clients whose replies were. coverage: how many entries of each weight 0, 1, 2, ... of them hold."""
 
     memory: Memory
     clients: tuple[int, ...]
@@ -46,6 +52,9 @@ class Outcome:
     loss: float | None
     uploaded: int
     flops: float
+    failed: str | None
+    merged: Mapping[int, Mask]
+    coverage: Mapping[str, tuple[int, ...]]
 
 
 def load_global(setting: Setting, checkpoint: Path) -> dict[str, Array]:
@@ -69,11 +78,12 @@ def run_round(
 ) -> Outcome:
     """Run round `number` (0, 1, ...) from the global `checkpoint` to the new one, `output`.
 
-    A client whose training fails or whose reply is unsound is left out; with fewer replies than the quorum the global
-    checkpoint stays as it was.
+    A client whose training fails or whose reply is unsound is left out; with fewer replies than the quorum, or where
+    the merged numbers overflow, the global checkpoint stays as it was.
     """
     common, experiment = setting.common, setting.experiment
-    arrays, digest = load_global(setting, checkpoint), content_digest(checkpoint)
+    arrays = load_global(setting, checkpoint)
+    digest, merger = arrays_digest(arrays), Merger.of(arrays, common.metadata())
     eligible = np.array([device.is_full or not method.strong_only for device in common.devices])
     if not eligible.any():
         raise InputError("fedavg-strong: no device of the fleet holds the whole network; leave this method out.")
@@ -82,12 +92,15 @@ def run_round(
     situation = situation_of(setting, number, arrays, memory)
     masks = {client: trained_mask(situation, setting, method, client) for client in clients.tolist()}
     dropped: dict[int, str] = {}
-    contributions: list[Contribution] = []
+    admitted: list[Client] = []
     losses: list[tuple[int, float]] = []
 
     def tasks() -> Iterator[Task]:
+        maps: dict[bytes, IndexMap] = {}  # of clients with the same mask it is the same one
         for client, mask in masks.items():
-            yield make_task(setting, number, client, mask, arrays, digest, scaler=method.scaler)
+            key = mask.tobytes()
+            maps[key] = maps.get(key) or index_map_of(setting, mask, arrays, digest)
+            yield make_task(setting, number, client, mask, maps[key], scaler=method.scaler)
 
     for task, reply in fleet.train(setting, tasks()):
         client = task.client
@@ -99,32 +112,43 @@ def run_round(
         if fault is not None:
             dropped[client] = fault
             continue
+        try:
+            admitted.append(merger.admitted(client, reply.arrays, reply.num_examples, task.index_map))
+        except InputError as error:
+            dropped[client] = first_line(error)
+            continue
         uploaded += sum(array.nbytes for array in reply.arrays.values())
-        contributions.append(Contribution(client, reply.arrays, reply.num_examples, task.index_map))
         losses.append((reply.num_examples, reply.loss))
-    if len(contributions) < experiment.quorum:
+    done = Outcome(memory, tuple(clients.tolist()), dropped, None, uploaded, flops, None, {}, {})
+    try:
+        if len(admitted) < experiment.quorum:
+            raise InputError(f"{len(admitted)} sound replies, and the quorum is {experiment.quorum}")
+        merged = merger.merged(admitted, method.rule or experiment.rule)
+    except InputError as error:
         with atomic_file(output, force=True) as temporary:
             shutil.copyfile(checkpoint, temporary)
-        return Outcome(memory, tuple(clients.tolist()), dropped, None, uploaded, flops)
-    merge(checkpoint, common.metadata(), contributions, output, method.rule or experiment.rule)
-    loss = sum(n * value for n, value in losses) / sum(n for n, _ in losses)
-    return Outcome(memory, tuple(clients.tolist()), dropped, loss, uploaded, flops)
+        return replace(done, failed=first_line(error))
+    with atomic_file(output, force=True) as temporary:
+        save_arrays(temporary, merged.arrays, dump_metadata(merger.record(admitted)))
+    counts = {tensor.name: tensor.counts for tensor in merged.coverage}
+    return replace(
+        done,
+        loss=sum(n * value for n, value in losses) / sum(n for n, _ in losses),
+        merged={client: mask for client, mask in masks.items() if client not in dropped},
+        coverage={name: counts[name] for name in common.network.state_dict() if name in counts},  # in its order
+    )
 
 
-def make_task(
-    setting: Setting,
-    number: int,
-    client: int,
-    mask: Mask,
-    arrays: Mapping[str, Array],
-    digest: str,
-    *,
-    scaler: bool,
-) -> Task:
-    """Cut a client's submodel from the network, which has the values `arrays` of the checkpoint `digest`."""
+def index_map_of(setting: Setting, mask: Mask, arrays: Mapping[str, Array], digest: str) -> IndexMap:
+    """What a submodel holds of the checkpoint of these tensors and this content digest."""
     common = setting.common
     rewrites = check_slice(common.network, common.analysis, mask) if common.analysis.rewritten else ()
-    index_map = make_index_map(arrays, common.analysis.groups, mask, digest, rewrites)
+    return make_index_map(arrays, common.analysis.groups, mask, digest, rewrites)
+
+
+def make_task(setting: Setting, number: int, client: int, mask: Mask, index_map: IndexMap, *, scaler: bool) -> Task:
+    """Cut a client's submodel from the network, which has the values of the checkpoint of the index map."""
+    common = setting.common
     model = compact(common.network, common.analysis, mask)
     options = train_options(setting, derived(Purpose.TRAINING, setting.seed, number, client))
     rates = rates_of(model, index_map) if scaler else {}

@@ -18,10 +18,9 @@ from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
-from cahfp_cli.federation.assessment import assess, renew_statistics
+from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.memory import Memory
-from cahfp_cli.federation.merging import REPLIES
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.rounds import first_memory, load_global, run_round
 from cahfp_cli.federation.setting import Setting
@@ -63,11 +62,15 @@ def run(
             "round": number + 1,
             "clients": list(outcome.clients),
             "dropped": {str(client): why for client, why in outcome.dropped.items()},
+            "failed": outcome.failed,
             "loss": outcome.loss,
             "uploaded_bytes": outcome.uploaded + (rows[-1]["uploaded_bytes"] if rows else 0),
             "client_flops": outcome.flops + (rows[-1]["client_flops"] if rows else 0.0),
             "seconds": time.perf_counter() - started,
+            "coverage": {tensor: list(counts) for tensor, counts in outcome.coverage.items()},
         }
+        if experiment.evaluation.bound_terms:
+            row["bound"] = asdict(bound_terms(setting, before, after, outcome.merged))
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
             found = assess(setting, method, number, after, memory)
             row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back
@@ -87,8 +90,6 @@ def run(
 
 def remove_leftovers(folder: Path, number: int) -> None:
     """Remove what a killed run left of rounds other than the last committed one, `number`."""
-    for replies in folder.glob(f"{REPLIES}*"):
-        shutil.rmtree(replies, ignore_errors=True)
     committed = {global_of(folder, number), memory_of(folder, number)}
     for path in (*folder.glob("global-*.safetensors"), *folder.glob("memory-*.safetensors")):
         if path not in committed:

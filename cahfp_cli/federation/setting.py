@@ -14,7 +14,7 @@ from cahfp_cli.coupling.analysis import Analysis, analyse
 from cahfp_cli.data.dataset import Dataset, check_fits
 from cahfp_cli.data.npz import load_column
 from cahfp_cli.data.spec import load_data, parse_spec
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.devices import Device, make_devices
 from cahfp_cli.federation.experiment import Experiment
@@ -22,6 +22,7 @@ from cahfp_cli.federation.partition import Indices, parse_partition, split_clien
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import load_checkpoint, save_checkpoint
 from cahfp_cli.models.spec import build
+from cahfp_cli.reconstruction.rules import RULES
 from cahfp_cli.significance.measure import take
 from cahfp_cli.training.sgd import TrainOptions, train
 
@@ -73,6 +74,8 @@ def prepare(experiment: Experiment, provenance: Provenance) -> Common:
     Raises: UsageError, InputError: a spec is not understood, or data and network do not fit. BudgetError: a device that
         nothing fits.
     """
+    if RULES[experiment.rule].by_curvature:
+        raise UsageError(f"rule {experiment.rule!r} needs curvature of each client, which no reply of a round has.")
     data = experiment.data
     trained, tested = load_data(data.train), load_data(data.test, default_split="test")
     public = load_data(data.public) if data.public is not None else None

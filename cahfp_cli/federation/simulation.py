@@ -207,6 +207,7 @@ def summary(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
                 entry[name] = float(np.mean([rows[-1][name] for rows in own]))
             entry["seconds"] = float(np.mean([sum(row["seconds"] for row in rows) for rows in own]))
             entry["dropped"] = sum(len(row["dropped"]) for rows in own for row in rows)
+            entry["failed"] = sum(row["failed"] is not None for rows in own for row in rows)
             entries.append(entry)
     return {"experiment": experiment.model_dump(mode="json"), "results": entries}
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cahfp_cli.checkpoint import strict_json
 from cahfp_cli.checkpoint.dtypes import Array, raw_bytes
+from cahfp_cli.checkpoint.in_memory import TensorsInMemory
 from cahfp_cli.checkpoint.metadata import InputFile
 from cahfp_cli.checkpoint.safetensors_file import is_size
 from cahfp_cli.checkpoint.sharded import Tensors
@@ -16,7 +17,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.pruning.files import REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, without_factors
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
-from cahfp_cli.reconstruction.gate import read_upload
+from cahfp_cli.reconstruction.gate import checked_numbers, read_upload
 from cahfp_cli.reconstruction.partial import Partial, read_partial
 from cahfp_cli.reconstruction.rules import Floats
 
@@ -138,7 +139,7 @@ def read_clients(
         clients.append(replace(client, weight=weight, order=(*client.order[:2], weight)))
     warning = "no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."
     warnings = [warning] if len(clients) > 1 and not recorded else []
-    return sorted(clients, key=lambda client: (client.order, str(client.path))), refused, warnings
+    return in_merging_order(clients), refused, warnings
 
 
 def _read(
@@ -178,8 +179,27 @@ def _read(
     inputs = tuple(InputFile(file=f"{name}/{file}", sha256=found) for file, found in sorted(upload.sha256.items()))
     if curvature is not None:
         inputs = (*inputs, InputFile(file=f"{name}/{curvature.file.path.name}", sha256=curvature.sha256))
-    order = (upload.sha256[TENSORS], _map_key(upload.index_map), 0.0)
+    order = (upload.sha256[TENSORS], map_key(upload.index_map), 0.0)
     return Client(path, 1.0, upload.file, index_map, order, inputs, curvature=curvature), examples
+
+
+def client_in_memory(
+    checkpoint: Tensors, tensors: TensorsInMemory, index_map: IndexMap, map_key: str, num_examples: int
+) -> Client:
+    """A client whose tensors have the names, shapes and dtypes of an index map that is the server's own; it is merged
+    as from a folder.
+
+    Args: map_key: of the index map, see `map_key`.
+    Raises: InputError: the numbers do not pass the gate.
+    """
+    sha256, weight = checked_numbers(tensors, index_map, checkpoint), float(num_examples)
+    inputs = (InputFile(file=f"{tensors.path.name}/{TENSORS}", sha256=sha256),)
+    return Client(tensors.path, weight, tensors, index_map, (sha256, map_key, weight), inputs)
+
+
+def in_merging_order(clients: Iterable[Client]) -> list[Client]:
+    """Sums are taken in this order, whatever that of the arguments is."""
+    return sorted(clients, key=lambda client: (client.order, str(client.path)))
 
 
 def _check_examples(path: Path, examples: float, most: float) -> None:
@@ -187,7 +207,7 @@ def _check_examples(path: Path, examples: float, most: float) -> None:
         raise InputError(f"{path}: its num_examples is larger than {most:g}; pass --weight {path}=N.")
 
 
-def _map_key(index_map: IndexMap) -> str:
+def map_key(index_map: IndexMap) -> str:
     """sha256 of the indices and factors of all tensors and axes, whatever the file that they came in."""
     digest = hashlib.sha256()
     for name, entry in sorted(index_map.tensors.items()):

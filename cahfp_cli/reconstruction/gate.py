@@ -10,6 +10,7 @@ import numpy as np
 
 from cahfp_cli.checkpoint.digest import file_sha256, row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest, raw_bytes
+from cahfp_cli.checkpoint.in_memory import TensorsInMemory
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
 from cahfp_cli.checkpoint.sharded import Tensors
@@ -22,6 +23,9 @@ MEAN, VARIANCE, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 17, 2048
 """What a file may have beside its elements; a header takes thirty times its size once it is parsed."""
 MOST_BATCHES = 2**53
+
+
+Stored = SafetensorsFile | TensorsInMemory
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,21 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         metadata = read_metadata(file, SubmodelMetadata)
         _check_digest(file.path, metadata.checkpoint, digest, checkpoint)
         _check_tensors(file, index_map)
-        sha256 = _check_contents(file)
-        _check_integers(file, index_map, checkpoint)
-        _check_statistics(file, index_map, checkpoint)
+        sha256 = checked_numbers(file, index_map, checkpoint)
     return Upload(file, index_map, metadata, {TENSORS: sha256, INDEX_MAP: file_sha256(map_path)})
+
+
+def checked_numbers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> str:
+    """Check what is in the tensors of an upload; their names, shapes and dtypes are those of its index map.
+
+    Returns: sha256 of the file, in hexadecimal.
+    Raises: InputError: numbers that are not finite, variances that are negative or could not be pooled, integers that
+        are not as they were sent out.
+    """
+    sha256 = _check_contents(file)
+    _check_integers(file, index_map, checkpoint)
+    _check_statistics(file, index_map, checkpoint)
+    return sha256
 
 
 def _own_map(maps: Path, folder: Path) -> Path:
@@ -150,7 +165,7 @@ def _check_tensors(file: SafetensorsFile, index_map: IndexMap) -> None:
             )
 
 
-def _check_contents(file: SafetensorsFile) -> str:
+def _check_contents(file: Stored) -> str:
     """Check all numbers, and return the sha256 of the file's bytes: one pass serves both."""
     digest = hashlib.sha256(file.read_header())
     for info in sorted(file.tensors.values(), key=lambda info: info.start):
@@ -161,7 +176,7 @@ def _check_contents(file: SafetensorsFile) -> str:
     return digest.hexdigest()
 
 
-def _check_integers(file: SafetensorsFile, index_map: IndexMap, checkpoint: Tensors) -> None:
+def _check_integers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> None:
     """No training changes an integer but a batch counter, so anything else must be what was sent out."""
     for name, entry in index_map.tensors.items():
         info = checkpoint.tensors[name]
@@ -180,7 +195,7 @@ def _check_integers(file: SafetensorsFile, index_map: IndexMap, checkpoint: Tens
             )
 
 
-def _check_statistics(file: SafetensorsFile, index_map: IndexMap, checkpoint: Tensors) -> None:
+def _check_statistics(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> None:
     """Pooling variances squares the distances between means, so that one client's mean could make the result too large
     for its dtype. The distance between two clients is at most twice the larger of theirs to the global mean."""
     for name, entry in index_map.tensors.items():

@@ -206,7 +206,12 @@ def _completed(
 
 def _coverage(this: Round, info: TensorInfo) -> TensorCoverage:
     holders = Holders(info.name, info.shape, this.clients)
-    found = np.zeros(sum(client.members for client in this.clients) + 1, np.int64)
+    return coverage_of(info, holders, sum(client.members for client in this.clients))
+
+
+def coverage_of(info: TensorInfo, holders: Holders, members: int) -> TensorCoverage:
+    """How many entries of a tensor how many of so many clients hold."""
+    found = np.zeros(members + 1, np.int64)
     for first, last in row_blocks(info):
         counts = holders.histogram(Block(info.name, info.shape, first, last))
         found[: len(counts)] += counts

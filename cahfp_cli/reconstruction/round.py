@@ -8,8 +8,8 @@ import numpy as np
 
 from cahfp_cli.checkpoint.digest import BLOCK_BYTES, row_blocks
 from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array
-from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
-from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors
+from cahfp_cli.checkpoint.safetensors_file import TensorInfo
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.pruning.index_map import is_statistic
@@ -48,7 +48,7 @@ class Step:
 class Round:
     """All that the blocks of a merge share."""
 
-    checkpoint: SafetensorsFile | ShardedCheckpoint
+    checkpoint: Tensors
     clients: tuple[Client, ...]
     rule: Rule
     step: Step
@@ -56,19 +56,20 @@ class Round:
     threads: int
 
 
-def merged_blocks(info: TensorInfo, this: Round) -> Iterator[Array]:
+def merged_blocks(info: TensorInfo, this: Round, holders: Holders | None = None) -> Iterator[Array]:
     """The new rows of one tensor, block by block, in its own dtype.
 
+    Args: holders: those of the tensor, where they are known.
     Raises: InputError: the result is too large for the dtype.
     """
-    holders = Holders(info.name, info.shape, this.clients)
+    holding = holders or Holders(info.name, info.shape, this.clients)
 
     def merged(rows: tuple[int, int]) -> Array:
         block = Block(info.name, info.shape, *rows)
         if info.dtype not in FLOATS:
             return merge_integers(block, this.checkpoint.read_rows(info.name, *rows), this.clients)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
-            values = _stepped(block, _merged_floats(block, holders, this), this).astype(DTYPES[info.dtype])
+            values = _stepped(block, _merged_floats(block, holding, this), this).astype(DTYPES[info.dtype])
         if not np.isfinite(values).all():
             raise InputError(
                 f"{this.checkpoint.path}: the merged tensor {shown(info.name)} has numbers too large for {info.dtype}; "

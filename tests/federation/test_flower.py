@@ -54,9 +54,8 @@ def test_three_rounds_over_flower_equal_those_in_one_process(tmp_path: Path) -> 
 
 
 def test_a_message_holds_the_submodel_and_little_else(tmp_path: Path) -> None:
-    asked = experiment(
-        rounds=1, clients_per_round=6, train={"steps": 1}, model={"spec": "vgg11", "args": {"width": 0.25}}
-    )
+    wide = {"spec": "vgg11", "args": {"width": 0.25}}
+    asked = experiment(methods=["cahfp-apart"], rounds=1, clients_per_round=6, train={"steps": 1}, model=wide)
     sizes: dict[int, int] = {}
 
     def watched(task: Task) -> Reply:

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from cahfp_cli.checkpoint.digest import content_digest
-from cahfp_cli.errors import InputError
+from cahfp_cli.checkpoint.digest import content_digest, file_sha256
+from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata, read_metadata
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.simulation import simulate
+from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
+from cahfp_cli.pruning.index_map import IndexMap, write_index_map
+from cahfp_cli.reconstruction import gate as reconstruction_gate
+from cahfp_cli.reconstruction.merge import reconstruct
 from tests.federation.small import PROVENANCE, experiment
 
 SECONDS = "seconds"
@@ -125,9 +132,117 @@ def test_a_bad_reply_is_dropped_as_if_the_client_had_been_silent(tmp_path: Path)
 def test_without_a_quorum_the_global_checkpoint_stays(tmp_path: Path) -> None:
     asked = experiment(rounds=1, clients_per_round=6, quorum=6)
     (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=first_client_of(BAD["nan"]))
-    assert run.rows[0]["loss"] is None
+    assert run.rows[0]["loss"] is None and run.rows[0]["failed"] == "5 sound replies, and the quorum is 6"
     (after,) = (tmp_path / "out").rglob("global-*.safetensors")
     assert content_digest(after) == content_digest(tmp_path / "out" / "start-seed0.safetensors")
+
+
+def replace_all(reply: Reply, names: Callable[[str], bool], value: float) -> Reply:
+    changed = {n: np.full_like(a, value) if names(n) else a for n, a in reply.arrays.items()}
+    return replace(reply, arrays=changed)
+
+
+def test_a_round_whose_merged_numbers_overflow_fails_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sound numbers only variances about distant means can overflow, which the gate does not let in; so the gate is
+    told here that they are fine."""
+    monkeypatch.setattr(reconstruction_gate, "_check_statistics", lambda *arguments: None)
+    bad = {(0, client): 1e20 * (-1) ** client for client in range(6)}
+
+    def distant(task: Task) -> Reply:
+        reply = train_client(task)
+        value = bad.get((task.number, task.client))
+        return reply if value is None else replace_all(reply, lambda name: name.endswith("running_mean"), value)
+
+    asked = experiment(rounds=2, clients_per_round=6, methods=["heterofl"])
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=distant)
+    first, second = run.rows
+    assert first["loss"] is None and "too large for F32" in first["failed"] and not first["dropped"]
+    assert second["loss"] is not None and second["failed"] is None
+    nobody = experiment(rounds=1, clients_per_round=6, methods=["heterofl"], quorum=6)
+    simulate(nobody, tmp_path / "failed", PROVENANCE, trainer=distant)
+    (after,) = (tmp_path / "failed").rglob("global-*.safetensors")
+    assert content_digest(after) == content_digest(tmp_path / "failed" / "start-seed0.safetensors")
+
+
+def test_statistics_that_could_not_be_pooled_and_changed_integers_drop_their_client(tmp_path: Path) -> None:
+    distant: Callable[[Reply], Reply] = lambda reply: replace_all(reply, lambda n: n.endswith("running_mean"), 1e20)  # noqa: E731
+    backward: Callable[[Reply], Reply] = lambda reply: replace_all(reply, lambda n: n.endswith("tracked"), -1)  # noqa: E731
+    for name, change, says in (("distant", distant, "too large"), ("backward", backward, "counts no batches")):
+        asked = experiment(rounds=1, clients_per_round=6)
+        (run,) = simulate(asked, tmp_path / name, PROVENANCE, trainer=first_client_of(change))
+        assert list(run.rows[0]["dropped"]) == ["0"] and says in run.rows[0]["dropped"]["0"]
+        assert run.rows[0]["failed"] is None
+
+
+def test_a_round_merges_to_what_reconstruct_makes_of_the_folders_of_its_replies(tmp_path: Path) -> None:
+    """The second round of three sizes of device, with each reply written as a submodel folder."""
+    replies: dict[int, tuple[Task, Reply]] = {}
+
+    def kept(task: Task) -> Reply:
+        replies[task.client] = task, train_client(task)
+        return replies[task.client][1]
+
+    asked = experiment(methods=["heterofl"], rounds=1, clients_per_round=6)
+    simulate(asked, tmp_path / "out", PROVENANCE, trainer=kept)
+    start = tmp_path / "out" / "start-seed0.safetensors"
+    folders = []
+    with open_safetensors(start) as file:
+        about = read_metadata(file, CheckpointMetadata)
+    assert about.model is not None and about.input_shape is not None and about.classes is not None
+    for client, (task, reply) in replies.items():
+        folder = tmp_path / f"client-{client}"
+        folder.mkdir()
+        metadata = SubmodelMetadata(
+            model=about.model,
+            input_shape=about.input_shape,
+            classes=about.classes,
+            checkpoint=task.index_map.checkpoint,
+            num_examples=reply.num_examples,
+            provenance=PROVENANCE,
+        )
+        save_arrays(folder / TENSORS, reply.arrays, dump_metadata(metadata))
+        write_index_map(folder / INDEX_MAP, task.index_map, PROVENANCE)
+        folders.append(folder)
+    merged = tmp_path / "merged.safetensors"
+    reconstruct(start, folders[::-1], merged, rule="fill", provenance=PROVENANCE)
+    (after,) = (tmp_path / "out").rglob("global-*.safetensors")
+    assert content_digest(after) == content_digest(merged)
+    with open_safetensors(after) as file:
+        recorded = {one.file: one.sha256 for one in read_metadata(file, CheckpointMetadata).provenance.inputs}
+    assert recorded == {f"{folder.name}/{TENSORS}": file_sha256(folder / TENSORS) for folder in folders}
+
+
+def test_coverage_counts_the_clients_that_hold_each_entry(tmp_path: Path) -> None:
+    maps: dict[int, IndexMap] = {}
+
+    def kept(task: Task) -> Reply:
+        if task.client == 1:
+            raise InputError("no reply")
+        maps[task.client] = task.index_map
+        return train_client(task)
+
+    (run,) = simulate(
+        experiment(methods=["random"], rounds=1, clients_per_round=6), tmp_path / "out", PROVENANCE, trainer=kept
+    )
+    found = run.rows[0]["coverage"]
+    names = {name for name, entry in maps[0].tensors.items() if len(entry.shape) > 1}
+    assert found.keys() == names and len(maps) == 5
+    for name, counts in found.items():
+        holders = np.zeros(maps[0].tensors[name].shape, int)
+        for index_map in maps.values():
+            entry = index_map.tensors[name]
+            whole = [np.arange(n) if one is None else one for one, n in zip(entry.axes, entry.shape, strict=True)]
+            holders[np.ix_(*whole)] += 1
+        assert counts == np.bincount(holders.reshape(-1), minlength=6).tolist()
+    assert sum(map(len, found.values())) == 6 * len(found) and max(map(max, found.values())) > 0
+
+
+def test_the_rule_by_curvature_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'curvature' needs curvature of each client"):
+        simulate(experiment(rule="curvature"), tmp_path / "out", PROVENANCE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_submodels_fit_their_devices_and_uploads_are_counted(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_command_writes_metrics_a_summary_figures_and_one_report(tmp_path: P
     for entry in summary["results"]:
         assert 0 <= entry["deployed"]["mean"] <= 1 and len(entry["by_device"]) == 4
     report = (output / "report.html").read_text()
-    assert report.count("<img") == len(list(output.glob("*.png"))) == 6 and "heterofl" in report
+    assert report.count("<img") == len(list(output.glob("*.png"))) == 8 and "heterofl" in report
     assert not re.search(r"""(src|href)=["'](?!data:)""", report)
     again = run("simulate", toml, "-o", output)
     assert again.code == 3 and "--resume" in again.stderr

@@ -35,7 +35,7 @@ from cahfp_cli.federation.flower.protocol import (
     read_plan,
 )
 from cahfp_cli.federation.flower.wire import packed, unpacked
-from cahfp_cli.federation.rounds import make_task
+from cahfp_cli.federation.rounds import index_map_of, make_task
 from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare
 from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
 from cahfp_cli.training.device import use_threads
@@ -103,7 +103,8 @@ def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
         raise InputError(f"this network has no tensor {sorted(sent.keys() - full.keys())[0]!r}.")
     shapes = {name: blank(full[name].shape, array) for name, array in sent.items()}
     mask = mask_of(plan.mask, common.analysis.groups.count)
-    task = make_task(setting, plan.number, plan.client, mask, shapes, plan.checkpoint, scaler=plan.scaler)
+    index_map = index_map_of(setting, mask, shapes, plan.checkpoint)
+    task = make_task(setting, plan.number, plan.client, mask, index_map, scaler=plan.scaler)
     for name, array in sent.items():
         if array.shape != task.index_map.tensors[name].submodel_shape:
             raise InputError(f"{name!r} has another shape than the plan's mask gives it.")

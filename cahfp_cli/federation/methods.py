@@ -31,7 +31,7 @@ class Method:
     scaler: bool = False
     scoring: Scoring = "none"
     mix: float | None = None
-    layers: bool = True
+    layers: bool = False
     nesting: bool = False
     strong_only: bool = False
     network: Choose = selections.full
@@ -51,13 +51,12 @@ METHODS: dict[str, Method] = {
     "fjord": Method(selections.ordered, selections.prefix),
     "random": Method(selections.random, selections.random),
     "magnitude": Method(selections.magnitude, selections.magnitude),
-    "taylor": Method(remembered, remembered, scoring="gate-taylor", layers=False),
+    "taylor": Method(remembered, remembered, scoring="gate-taylor"),
     "cahfp": CAHFP,
     "cahfp-own": replace(CAHFP, mix=0.0),
     "cahfp-covered": replace(CAHFP, rule="covered"),
     "cahfp-apart": replace(CAHFP, nesting=False),
-    "cahfp-even": replace(CAHFP, layers=False),
+    "cahfp-layers": replace(CAHFP, layers=True),
     "cahfp-unscored": replace(CAHFP, scoring="none"),
-    "cahfp-plain": replace(CAHFP, nesting=False, layers=False),
 }
-"""Those from `cahfp-own` on show what each part of `cahfp` brings: one thing is different in each, two in the last."""
+"""From `cahfp-own` on, one thing is different from `cahfp` in each, to show what it brings."""

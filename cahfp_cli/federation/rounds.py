@@ -211,8 +211,7 @@ def with_scores(
             memory = memory.with_score(client, sound, number, table.decay)
     mix = table.score_mix if method.mix is None else method.mix
     churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
-    # From scratch, curvature shows what the widths so far made of the network, not which it would need.
-    choose = None if cold else layered if method.layers else even
+    choose = layered if method.layers else even
     memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, choose)
     return memory, uploaded, flops
 

@@ -53,12 +53,12 @@ def even(significance: Floats, groups: ChannelGroups, cost: CostModel, budget: B
 
 
 def renewed(
-    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Choose | None
+    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Choose
 ) -> Memory:
     """The memory with masks chosen anew from its scores, of all clients.
 
     Args: mix: see `Memory.significance`. churn: share of a layer's kept groups that a new mask may exchange. choose:
-        `layered` or `even`; None leaves every layer as wide as it is.
+        `layered` or `even`.
     """
     masks = memory.masks.copy()
     known: dict[tuple[int, bytes], Mask] = {}
@@ -67,13 +67,9 @@ def renewed(
         if significance is None:
             return memory
         key = (id(device), significance.tobytes())
-        if choose is None:
-            wanted = strongest(significance, groups.family, groups.widths(old))
-        elif key in known:
-            wanted = known[key]
-        else:
-            wanted = known[key] = choose(significance, groups, device.cost, device.budget)
-        masks[client] = limited(old, wanted, significance, groups.family, churn)
+        if key not in known:
+            known[key] = choose(significance, groups, device.cost, device.budget)
+        masks[client] = limited(old, known[key], significance, groups.family, churn)
     return replace(memory, masks=masks)
 
 

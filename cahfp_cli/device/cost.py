@@ -21,6 +21,9 @@ CONTAINER_BYTES = 8 * 1024
 CONTAINER_BYTES_PER_OPERATOR = 256
 """An ONNX file beside its weights: exported chains of conv, norm and relu took 230 bytes for each operator traced."""
 
+ONE_IN_TWENTY = 1.645
+"""Standard deviations above which one of twenty normal values lies."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -30,8 +33,8 @@ class Cost:
     the profile says that it computes on the CPU (device/arena.py), else what is live at once, without workspace; both
     NaN where they were not asked for. storage_bytes: all stored tensors plus the container around them; macs as
     computed, without alignment; params: elements of all stored tensors. latency_seconds is what is expected, and
-    slow_seconds, which latency budgets hold for, what it takes where the profile's calibration is one standard
-    deviation too fast; both None without a device.
+    slow_seconds, which latency budgets hold for, what 95 of 100 networks should not exceed, by the standard deviation
+    of the profile's calibration; both None without a device.
     """
 
     latency_seconds: Array | None
@@ -120,7 +123,7 @@ class CostModel:
             latency = (sum(part.sum(axis=1) for part in parts) + rates.call).reshape(shape)
         return Cost(
             latency_seconds=latency,
-            slow_seconds=None if latency is None else latency * (1 + self._spread),
+            slow_seconds=None if latency is None else latency * (1 + ONE_IN_TWENTY * self._spread),
             memory_bytes=(stored + activations).reshape(shape),
             activation_bytes=activations.reshape(shape),
             storage_bytes=(stored + self._container).reshape(shape),

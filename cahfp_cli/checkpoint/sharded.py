@@ -81,6 +81,18 @@ def open_checkpoint(path: Path) -> SafetensorsFile | ShardedCheckpoint:
     return _open_sharded(path) if path.name.endswith(SUFFIX) else open_safetensors(path)
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether `open_checkpoint` would look for an index of shards there."""
+    return path.name.endswith(SUFFIX) or (path.is_dir() and (path / INDEX).exists())
+
+
+def files_of(checkpoint: SafetensorsFile | ShardedCheckpoint) -> tuple[Path, ...]:
+    """All files that the checkpoint is in."""
+    if isinstance(checkpoint, ShardedCheckpoint):
+        return (checkpoint.path, *(shard.path for shard in checkpoint.shards.values()))
+    return (checkpoint.path,)
+
+
 def write_like(
     checkpoint: Tensors,
     target: Path,

@@ -38,6 +38,15 @@ def check_there(path: Path) -> None:
         raise InputError(f"{path}: there is no such file; check the name.")
 
 
+def check_global(path: Path, why: str) -> None:
+    """Raises: UsageError: it is a submodel folder, and `why` it cannot be; InputError: there is nothing."""
+    from cahfp_cli.checkpoint.sharded import is_sharded
+
+    check_there(path)
+    if path.is_dir() and not is_sharded(path):
+        raise UsageError(f"{path} is a folder: {why}.")
+
+
 def open_network(
     path: Path,
     model: str | None = None,
@@ -45,17 +54,18 @@ def open_network(
     input_shape: str | None = None,
     classes: int | None = None,
 ) -> Network:
-    """Build the network of a checkpoint file or a submodel folder.
+    """Build the network of a checkpoint, which may be in shards, or of a submodel folder.
 
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
+    from cahfp_cli.checkpoint.sharded import is_sharded
     from cahfp_cli.coupling.adapters import adapt
     from cahfp_cli.models.checkpoint_io import load_checkpoint
     from cahfp_cli.models.spec import parse_model_args
     from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
     from cahfp_cli.pruning.submodel import load_submodel
 
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         if model_arg or input_shape or classes:
             raise UsageError(
                 f"{path} is a submodel folder, which records its model arguments, input shape and classes."
@@ -85,7 +95,7 @@ def open_network(
         input_shape=checkpoint.input_shape,
         classes=checkpoint.classes,
         digest=checkpoint.digest,
-        files=(path,),
+        files=checkpoint.files,
         tensors=checkpoint.tensors,
         submodel=None,
     )

@@ -116,7 +116,7 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
-    from cahfp_cli.commands.networks import check_there, given, open_network, recorded
+    from cahfp_cli.commands.networks import check_global, given, open_network, recorded
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.significance.scores import read_scores
 
@@ -130,9 +130,7 @@ def prune(
     chosen = check_selection(selection, reference, calibration, recalibrate)
     dtypes = check_dtypes(dtype or [], profiles, onnx, calibration, data)
     check_targets(targets, output, force)
-    check_there(checkpoint)
-    if checkpoint.is_dir():
-        raise UsageError(f"{checkpoint} is a folder: prune the global checkpoint.")
+    check_global(checkpoint, "prune the global checkpoint")
     scored = read_scores(scores)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata

@@ -14,7 +14,7 @@ from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.digest import arrays_digest, content_digest
 from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, ModelSpec, Scalar, dump_metadata, metadata_or_none
-from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.sharded import files_of, open_checkpoint
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.models.outputs import logits_of
@@ -36,8 +36,9 @@ class LoadedCheckpoint:
     """A checkpoint as a network.
 
     model: in evaluation mode, on the CPU; its dtypes are the network's own (weights of another floating type in the
-    file were converted). input_shape: of one sample. digest: of the file's tensors, see `content_digest`.
-    tensors: those of the file, in its own dtypes; of tied parameters it may hold one name only.
+    file were converted). input_shape: of one sample. digest: of the file's tensors, see `content_digest`. files: what
+    was read, several for shards. tensors: those of the file, in its own dtypes; of tied parameters it may hold one name
+    only.
     """
 
     model: nn.Module
@@ -45,17 +46,19 @@ class LoadedCheckpoint:
     input_shape: tuple[int, ...]
     classes: int
     digest: str
-    path: Path
+    files: tuple[Path, ...]
     tensors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint file holds: tensors by name, what it says of itself if it is ours, and its content digest."""
+    """What a checkpoint holds: tensors by name, what it says of itself if it is ours, its content digest, and the files
+    that it is in."""
 
     tensors: dict[str, torch.Tensor]
     metadata: CheckpointMetadata | None
     digest: str
+    files: tuple[Path, ...]
 
 
 def load_checkpoint(
@@ -91,7 +94,7 @@ def load_checkpoint(
     network.eval()
     if classes is None:
         classes = count_outputs(network, input_shape, path)
-    return LoadedCheckpoint(network, spec, tuple(input_shape), classes, weights.digest, path, weights.tensors)
+    return LoadedCheckpoint(network, spec, tuple(input_shape), classes, weights.digest, weights.files, weights.tensors)
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: CheckpointMetadata, force: bool) -> None:
@@ -129,14 +132,18 @@ def to_tensor(array: Array) -> torch.Tensor:
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors in a `.safetensors`, `.pt` or `.pth` file. Raises: InputError: damaged, or not such a file."""
+    """The tensors in a `.safetensors`, `.pt` or `.pth` file, or in shards.
+
+    Raises: InputError: damaged, or not such a file.
+    """
     if path.suffix in PYTORCH_SUFFIXES:
         tensors = read_state_dict(path)
-        return Weights(tensors, None, arrays_digest({name: to_array(t, name) for name, t in tensors.items()}))
-    with open_safetensors(path) as file:
+        digest = arrays_digest({name: to_array(t, name) for name, t in tensors.items()})
+        return Weights(tensors, None, digest, (path,))
+    with open_checkpoint(path) as file:
         metadata = metadata_or_none(file, CheckpointMetadata)
-        tensors = {name: to_tensor(file.read(name)) for name in file.tensors}
-        return Weights(tensors, metadata, content_digest(file))
+        tensors = {name: to_tensor(file.read_rows(name, 0, info.rows)) for name, info in file.tensors.items()}
+        return Weights(tensors, metadata, content_digest(file), files_of(file))
 
 
 def check_tensors(path: Path, found: Mapping[str, torch.Tensor], model: nn.Module) -> None:

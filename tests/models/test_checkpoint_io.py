@@ -35,7 +35,7 @@ def test_a_saved_checkpoint_loads_with_nothing_but_its_path(network: nn.Module, 
     path = tmp_path / "m.safetensors"
     save_checkpoint(path, network, metadata(), force=False)
     loaded = load_checkpoint(path)
-    assert (loaded.spec, loaded.input_shape, loaded.classes, loaded.path) == (OURS, SHAPE, 10, path)
+    assert (loaded.spec, loaded.input_shape, loaded.classes, loaded.files) == (OURS, SHAPE, 10, (path,))
     assert loaded.digest == content_digest(path) and not loaded.model.training
     before, after = state_arrays(network), state_arrays(loaded.model)
     assert before.keys() == after.keys()

@@ -121,3 +121,38 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_old_global(tmp_path, place)
     assert done.stderr.count("\n") == 2
     assert "Traceback" not in done.stderr
     assert [path.read_bytes() for path in output.parent.iterdir()] == [b"old"]
+
+
+MOUNTED = """
+mount -t tmpfs -o size="$SIZE" tmpfs "$DISK" || exit 77
+printf old > "$DISK/merged.safetensors"
+"$@"
+code=$?
+echo; ls -A "$DISK"; cat "$DISK/merged.safetensors"
+exit $code
+"""
+"""Run a command with a small disk of its own that nobody else sees, and then show what is on it."""
+
+
+def test_a_disk_that_is_really_full_is_a_clear_error_too(tmp_path):
+    it = fleet(tmp_path, 6, 2, widths=(3, 100, 80))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    output = disk / "merged.safetensors"
+    command = [str(COMMAND), "reconstruct", str(it.checkpoint), *map(str, it.folders), "-o", str(output), "--force"]
+    try:
+        done = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**ENVIRONMENT, "DISK": str(disk), "SIZE": str(it.checkpoint.stat().st_size // 2)},
+        )
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed, so that no disk can be mounted")
+    if done.returncode in (1, 77):
+        pytest.skip("this system lets no user mount a disk of its own")
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error: cannot write {output} (No space left on device)")
+    assert done.stderr.count("\n") == 2
+    assert done.stdout.split() == [output.name, "old"]

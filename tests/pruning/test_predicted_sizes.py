@@ -104,7 +104,8 @@ def test_predicted_outputs_equal_those_of_a_run_operator_by_operator(network, ma
     traced = [operator for operator in workload.operators if "+" not in operator.name]  # others: see STEPS
     assert len(operations) == len(traced)
     pairs = zip(operations, traced, strict=True)
-    predicted = named((op.name, None if size.kind in ("free", "view") else elements(size.writes, widths)) for op, size in pairs)
+    nothing = ("free", "view")  # what writes nothing of its own
+    predicted = named((op.name, None if one.kind in nothing else elements(one.writes, widths)) for op, one in pairs)
     x = network.samples(1).to("meta")
     log = Written(x)
     with torch.no_grad(), ContiguousProducts(), log:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cahfp_cli.commands.simulate import COLUMNS, rows_of
 from cahfp_cli.federation.experiment import Experiment, read_experiment
 from cahfp_cli.federation.simulation import simulate_in_parallel, summary
 from cahfp_cli.output import table
@@ -69,34 +70,6 @@ def figures_of(results: list[dict[str, Any]], partition: str) -> Figures:
     return found
 
 
-def show(results: list[dict[str, Any]], partition: str) -> None:
-    def percent(entry: dict[str, float]) -> str:
-        return f"{100 * entry['mean']:.1f} ± {100 * entry['sd']:.1f}"
-
-    columns = [
-        "method",
-        "global, %",
-        "as left, %",
-        "deployed, %",
-        "tuned, %",
-        "uploaded, MB",
-        "client TFLOP",
-        "seconds",
-    ]
-    rows = [
-        [
-            entry["method"],
-            *(percent(entry[name]) for name in ("recalibrated", "plain", "deployed", "tuned")),
-            f"{entry['uploaded_bytes'] / 1e6:.1f}",
-            f"{entry['client_flops'] / 1e12:.2f}",
-            f"{entry['seconds']:.0f}",
-        ]
-        for entry in results
-        if entry["partition"] == partition
-    ]
-    print(f"\n{partition}\n{table(columns, rows)}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=Path, default=Path(__file__).with_name("federation.toml"))
@@ -124,11 +97,11 @@ def main() -> None:
         runs = simulate_in_parallel(
             asked, output, origin, options.jobs, options.threads, resume=options.resume, on_round=on_round
         )
-    results = summary(asked, runs)["results"]
+    found = summary(asked, runs)
     figures: Figures = {}
     for partition in asked.partitions:
-        show(results, partition)
-        figures |= figures_of(results, partition)
+        print(f"\n{partition}\n{table(COLUMNS, rows_of(found, partition))}", flush=True)
+        figures |= figures_of(found["results"], partition)
     seconds = round(time.monotonic() - started, 1)
     holds = all(entry["holds"] for entry in figures.values())
     print(json.dumps({"quick": options.quick, "seconds": seconds, **figures, "holds": holds}))

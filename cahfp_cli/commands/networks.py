@@ -38,12 +38,17 @@ def check_there(path: Path) -> None:
         raise InputError(f"{path}: there is no such file; check the name.")
 
 
-def check_global(path: Path, why: str) -> None:
-    """Raises: UsageError: it is a submodel folder, and `why` it cannot be; InputError: there is nothing."""
+def is_submodel_folder(path: Path) -> bool:
+    """Whether it is a folder, and not that of a global checkpoint in shards."""
     from cahfp_cli.checkpoint.sharded import is_sharded
 
+    return path.is_dir() and not is_sharded(path)
+
+
+def check_global(path: Path, why: str) -> None:
+    """Raises: UsageError: it is a submodel folder, and `why` it cannot be; InputError: there is nothing."""
     check_there(path)
-    if path.is_dir() and not is_sharded(path):
+    if is_submodel_folder(path):
         raise UsageError(f"{path} is a folder: {why}.")
 
 
@@ -58,14 +63,13 @@ def open_network(
 
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
-    from cahfp_cli.checkpoint.sharded import is_sharded
     from cahfp_cli.coupling.adapters import adapt
     from cahfp_cli.models.checkpoint_io import load_checkpoint
     from cahfp_cli.models.spec import parse_model_args
     from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
     from cahfp_cli.pruning.submodel import load_submodel
 
-    if path.is_dir() and not is_sharded(path):
+    if is_submodel_folder(path):
         if model_arg or input_shape or classes:
             raise UsageError(
                 f"{path} is a submodel folder, which records its model arguments, input shape and classes."

@@ -54,8 +54,9 @@ def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, ha
         solution, _ = nnls(weighted / scale, weights)
         solution /= scale
         weights = 1 / np.sqrt(np.clip(relative @ solution, LEAST_RATIO, 1 / LEAST_RATIO))
-    operation, byte, overhead = solution[:-7].reshape(3, len(CLASSES))
-    load, fetch, reorder, reorder_call, weight, streaming, call = solution[-7:].tolist()
+    by_class, others = np.split(solution, [3 * len(CLASSES)])
+    operation, byte, overhead = by_class.reshape(3, len(CLASSES))
+    load, fetch, reorder, reorder_call, weight, streaming, call = others.tolist()
     rates = Rates(operation, byte, overhead, load, fetch, reorder, reorder_call, weight, streaming, cache, call)
     return Fit(rates, step, hard, relative @ solution - 1)
 

@@ -55,9 +55,9 @@ class Quantities:
 
     operations: multiplications and additions as computed, padding included. loads: of inputs by blocked convolutions,
     each for up to `FILTERS` blocks of outputs; fetches: of a block of their weights, each for up to `POSITIONS` of a
-    row. moved: bytes of activations read and written, and of the unrolled input
-    that slow convolutions write first. reordered: bytes of inputs that come in blocks and are wanted plain, or the
-    other way round, and reorders: how many such inputs. weights: bytes that are read. calls: of kernels.
+    row. moved: bytes of activations read and written, and of the unrolled input that slow convolutions write first.
+    reordered: bytes of inputs that come in blocks and are wanted plain, or the other way round, and reorders: how many
+    such inputs. weights: bytes that are read. calls: of kernels.
     """
 
     classes: NDArray[np.int64]

@@ -26,7 +26,7 @@ VIEWS = frozenset(
 )
 TRANSPOSED = frozenset({"permute", "transpose"})
 """Views in torch; runtimes move the bytes."""
-RENAMED = frozenset({"detach", "alias", "_to_copy", "lift_fresh", "expand"})
+RENAMED = frozenset({"detach", "alias", "_to_copy", "lift_fresh", "expand", "t"})
 """Views of which nothing is left at run time; the others take a call that moves nothing."""
 FUSED = frozenset(
     {"relu", "relu_", "hardtanh", "hardtanh_", "relu6", "clamp", "clamp_min", "native_dropout", "dropout"}
@@ -207,7 +207,7 @@ def describe(
         return [Operator(name, "memory", reads, writes)]
     if is_folded and operation.name in CLIPS:
         return [Operator(name, "clip", reads, writes, layout="same")]
-    if is_folded and operation.name in VIEWS - RENAMED - {"t"} and len(activations) == 1:
+    if is_folded and operation.name in VIEWS - RENAMED and len(activations) == 1:
         return [Operator(name, "view")]
     if (is_folded and len(activations) == 1) or operation.name == "clone":  # a copy of what was transposed
         return [Operator(name, "free")]

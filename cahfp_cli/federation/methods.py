@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cahfp_cli.federation import selections
+from cahfp_cli.federation.scoring import Sized, even, layered
 from cahfp_cli.federation.selections import Choose, remembered
 
 Scoring = Literal["none", "experiment", "gate-taylor"]
@@ -20,9 +21,9 @@ class Method:
 
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
-    do. mix: instead of the experiment's `score_mix`. layers: whether scored masks have a width for each layer. nesting:
-    whether clients train parts of their masks at times, see the experiment's `nesting`. strong_only: only devices that
-    hold the whole network take part. network: what of the global checkpoint is the method's global network.
+    do. mix: instead of the experiment's `score_mix`. widths: how wide scored masks are in each layer. nesting: whether
+    clients train parts of their masks at times, see the experiment's `nesting`. strong_only: only devices that hold the
+    whole network take part. network: what of the global checkpoint is the method's global network.
     """
 
     choose: Choose
@@ -31,7 +32,7 @@ class Method:
     scaler: bool = False
     scoring: Scoring = "none"
     mix: float | None = None
-    layers: bool = False
+    widths: Sized = even
     nesting: bool = False
     strong_only: bool = False
     network: Choose = selections.full
@@ -56,7 +57,7 @@ METHODS: dict[str, Method] = {
     "cahfp-own": replace(CAHFP, mix=0.0),
     "cahfp-covered": replace(CAHFP, rule="covered"),
     "cahfp-apart": replace(CAHFP, nesting=False),
-    "cahfp-layers": replace(CAHFP, layers=True),
+    "cahfp-layers": replace(CAHFP, widths=layered),
     "cahfp-unscored": replace(CAHFP, scoring="none"),
 }
 """From `cahfp-own` on, one thing is different from `cahfp` in each, to show what it brings."""

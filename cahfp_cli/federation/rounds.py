@@ -23,7 +23,7 @@ from cahfp_cli.federation.gate import checked_scores, fault_of
 from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
-from cahfp_cli.federation.scoring import even, layered, level, nested, renewed
+from cahfp_cli.federation.scoring import level, nested, renewed
 from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
@@ -180,8 +180,8 @@ def training_flops(setting: Setting, client: int, mask: Mask, samples: int, opti
 def first_memory(setting: Setting, method: Method) -> Memory:
     """The memory of a method before the first round: no scores, and masks as of groups that are all worth the same."""
     groups = setting.common.analysis.groups
-    choose, worth = layered if method.layers else even, level(groups)
-    masks = {id(one): choose(worth, groups, one.cost, one.budget) for one in setting.common.devices}
+    worth = level(groups)
+    masks = {id(one): method.widths(worth, groups, one.cost, one.budget) for one in setting.common.devices}
     return Memory.new(np.stack([masks[id(one)] for one in setting.common.devices]))
 
 
@@ -211,8 +211,7 @@ def with_scores(
             memory = memory.with_score(client, sound, number, table.decay)
     mix = table.score_mix if method.mix is None else method.mix
     churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
-    choose = layered if method.layers else even
-    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, choose)
+    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, method.widths)
     return memory, uploaded, flops
 
 

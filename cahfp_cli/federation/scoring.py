@@ -16,7 +16,7 @@ from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.selection import by_family, grow, select, strongest
 from cahfp_cli.pruning.target import Widths, target_of
 
-Choose = Callable[[Floats, ChannelGroups, CostModel, Budget], Mask]
+Sized = Callable[[Floats, ChannelGroups, CostModel, Budget], Mask]
 """Called with significance, groups, and what a device's widths cost and may cost."""
 
 
@@ -53,7 +53,7 @@ def even(significance: Floats, groups: ChannelGroups, cost: CostModel, budget: B
 
 
 def renewed(
-    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Choose
+    memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Sized
 ) -> Memory:
     """The memory with masks chosen anew from its scores, of all clients.
 

@@ -12,13 +12,13 @@ from itertools import product
 
 import numpy as np
 
-from cahfp_cli.device.latency import CLASSES, Kernels, Rates
+from cahfp_cli.device.latency import CLASSES, Kernels, Rates, streamed
 from cahfp_cli.device.microbenchmarks import Microbenchmark
 from cahfp_cli.device.sizes import Array
 
 ALIGNMENTS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (16, 4))
 """(step, hard): channels computed together, and what blocked kernels want a multiple of."""
-CACHES = (5e5, 1e6, 2e6, 3e6, 4e6, 5e6, 6e6, 8e6, 1e7, 12e6, 16e6, 24e6, 32e6, 64e6)
+CACHES = (5e5, 1e6, 1.5e6, 2e6, 3e6, 4e6, 5e6, 6e6, 8e6, 1e7, 12e6, 16e6, 24e6, 32e6, 64e6)
 """Bytes."""
 PASSES = 5
 LEAST_RATIO = 0.1
@@ -56,19 +56,20 @@ def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, ha
         weights = 1 / np.sqrt(np.clip(relative @ solution, LEAST_RATIO, 1 / LEAST_RATIO))
     by_class, others = np.split(solution, [3 * len(CLASSES)])
     operation, byte, overhead = by_class.reshape(3, len(CLASSES))
-    load, fetch, reorder, reorder_call, weight, streaming, call = others.tolist()
-    rates = Rates(operation, byte, overhead, load, fetch, reorder, reorder_call, weight, streaming, cache, call)
+    load, wait, reorder, reorder_call, weight, once, streaming, call = others.tolist()
+    rates = Rates(operation, byte, overhead, load, wait, reorder, reorder_call, weight, once, streaming, cache, call)
     return Fit(rates, step, hard, relative @ solution - 1)
 
 
 def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -> Array:
-    """What each rate is multiplied with: by class operations, bytes and calls; loads and fetches; bytes reordered, and
-    how many times; bytes of weights, of weights streamed; one call."""
+    """What each rate is multiplied with: by class operations, bytes and calls; loads, waits; bytes reordered, and how
+    many times; bytes of weights, of weights used once, of weights streamed; one call."""
     found = Kernels(benchmark.operators, 0, step, hard).quantities(np.zeros((1, 0)))
     by_class = [
         np.bincount(found.classes[0], weights=quantity[0], minlength=len(CLASSES))
         for quantity in (found.operations, found.moved, found.calls)
     ]
     weights = float(found.weights.sum())
-    sums = [float(quantity.sum()) for quantity in (found.loads, found.fetches, found.reordered, found.reorders)]
-    return np.concatenate([*by_class, sums, [weights, max(weights - cache, 0.0), 1.0]])
+    sums = [float(quantity.sum()) for quantity in (found.loads, found.waits, found.reordered, found.reorders)]
+    once = float(found.once.sum())
+    return np.concatenate([*by_class, sums, [weights, once, weights * float(streamed(np.array(weights), cache)), 1.0]])

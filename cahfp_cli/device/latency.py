@@ -10,13 +10,14 @@ Others fall back to slow kernels, so that 63 channels can take longer than 64. T
 (Williams et al. 2009), which takes the larger of computing and moving: kernels overlap the two only in part.
 
 Blocked convolutions compute up to `FILTERS` blocks of outputs from each input that they load, so that one of a single
-block loads as much as one of four: loads are a term of their own. Between kernels that hold channels in blocks and
-those that do not, the channels are reordered.
+block loads as much as one of four: loads are a term of their own. Where a kernel sums up too few vectors side by side,
+each addition waits for the last one. Between kernels that hold channels in blocks and those that do not, the channels
+are reordered. Products with a single vector use each weight once, and wait for it.
 """
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import ceil
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +41,14 @@ MOVING = CLASSES[CLASSES.index("pool") :]
 FUSED = ("clip", "view")
 """What takes no time on devices of which only paper is known."""
 FILTERS = 4
-POSITIONS = 6
+STRETCHES = (6, 3, 2, 1)
 EDGES = 2
-"""What a blocked convolution computes at once: blocks of outputs, positions of a row; and positions at a row's ends."""
-FETCHED = 2
-"""Where a kernel skips taps, the memory fetches ahead in vain about as much as is read."""
+"""What a blocked convolution computes at once: blocks of outputs, and positions of a row, the most that are left; and
+positions at a row's ends, which are computed one by one."""
+IN_FLIGHT = 8
+"""Vectors that are summed up in the time of fewer: a sum takes four cycles, and two begin in each."""
+FETCHED = 1.5
+"""Where a kernel skips taps, the memory fetches ahead in vain about half as much as is read."""
 UNBLOCKED = ("odd", "odd_pointwise", "odd_depthwise")
 NUMBER = {name: number for number, name in enumerate(CLASSES)}
 
@@ -54,20 +58,21 @@ class Quantities:
     """What the timed operators do, each float64 (batch, operators), and int64 `classes` as numbers in `CLASSES`.
 
     operations: multiplications and additions as computed, padding included. loads: of inputs by blocked convolutions,
-    each for up to `FILTERS` blocks of outputs; fetches: of a block of their weights, each for up to `POSITIONS` of a
-    row. moved: bytes of activations read and written, and of the unrolled input that slow convolutions write first.
+    each for up to `FILTERS` blocks of outputs; waits: operations that there was time for while their sums were awaited.
+    moved: bytes of activations read and written, and of the unrolled input that slow convolutions write first.
     reordered: bytes of inputs that come in blocks and are wanted plain, or the other way round, and reorders: how many
-    such inputs. weights: bytes that are read. calls: of kernels.
+    such inputs. weights: bytes that are read; once: those of products with a single vector. calls: of kernels.
     """
 
     classes: NDArray[np.int64]
     operations: Array
     loads: Array
-    fetches: Array
+    waits: Array
     moved: Array
     reordered: Array
     reorders: Array
     weights: Array
+    once: Array
     calls: Array
 
 
@@ -94,7 +99,7 @@ class Kernels:
         self._inside = np.array([1 if p is None else p.inside for p in products], np.float64)
         self._touched = np.array([1 if p is None else p.touched for p in products], np.float64)
         rows = [[(Size(()) if p is None else p.rows, 1)] for p in products]
-        lines = [[(Size(()) if p is None else Size(p.rows.axes[:2]), 1)] for p in products]
+        lines = [[(lines_of(operator), 1)] for operator in operators]
         channels = [
             [(Size((one if p is None else getattr(p, name),)), 1)]
             for name in ("inputs", "contracted", "outputs")
@@ -103,7 +108,8 @@ class Kernels:
         moved = [[(size, ITEM_BYTES) for size in (*operator.reads, *operator.writes)] for operator in operators]
         weights = [[(size, ITEM_BYTES) for size in operator.weights] for operator in operators]
         self._sums = Sums([*rows, *lines, *channels, *moved, *weights], families)
-        self._stretches = np.array([0.0 if p is None else stretches(p) for p in products])
+        self._stretches = np.array([np.zeros(len(STRETCHES)) if p is None else stretches(p) for p in products])
+        self._stretches = self._stretches.reshape(len(products), len(STRETCHES))
         self._flow = Flow(operators, families, step)
         self._convolution = np.isin(self._kinds, ("conv", "grouped", "depthwise"))
 
@@ -123,17 +129,31 @@ class Kernels:
         positions = np.where(of("odd", "odd_pointwise") & (rows > 1), self._padded(rows), rows)
         operations = np.where(of(*MOVING), 0.0, 2 * positions * taps * deep * wide)
         unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
-        # Unrolling copies line after line, which on small images takes longer than what it copies.
+        # Unrolling copies line after line, and pooling computes them: of small images that takes longer than the bytes.
         calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
         # Depthwise, a load serves the one block that it belongs to.
         loads = np.where(of("conv", "narrow"), rows * taps * deep * np.ceil(wide / self._step / FILTERS), 0.0)
-        fetches = rows * self._stretches * taps * deep * wide / self._step
-        fetches = np.where(of("conv", "narrow"), fetches, 0.0)
         padding = deep * wide / np.maximum(contracted * outputs, 1.0)  # blocked kernels hold their weights padded
         weights = weights * np.where(of(*UNBLOCKED), 1.0, padding * np.minimum(1.0, FETCHED * self._touched))
+        waits = 2 * rows * taps * deep * self._awaited(outputs, groups)
+        waits = np.where(of("conv", "narrow"), waits, 0.0)
+        once = np.where(of("odd", "odd_pointwise", "matmul") & (rows == 1), weights, 0.0)
         blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
         classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
-        return Quantities(classes, operations, loads, fetches, moved + unrolled, reordered, reorders, weights, calls)
+        calls = np.where(classes == NUMBER["pool"], lines, calls)
+        moved = moved + unrolled
+        return Quantities(classes, operations, loads, waits, moved, reordered, reorders, weights, once, calls)
+
+    def _awaited(self, outputs: Array, groups: Array) -> Array:
+        """Output channels that a blocked convolution might compute besides, for each position, where it sums up fewer
+        than `IN_FLIGHT` vectors at once. Outputs that do not fill a set of `FILTERS` blocks are a smaller set."""
+        blocks = np.ceil(outputs / np.maximum(groups, 1.0) / self._step)
+        sets, rest = np.divmod(blocks, FILTERS)
+        vectors = np.zeros(blocks.shape)
+        for length, often in zip(STRETCHES, self._stretches.T, strict=True):
+            vectors += often * sets * max(IN_FLIGHT - FILTERS * length, 0)
+            vectors += often * (rest > 0) * np.maximum(IN_FLIGHT - rest * length, 0.0)
+        return np.asarray(groups * vectors * self._step)
 
     def _padded(self, channels: Array) -> Array:
         return np.asarray(np.ceil(channels / self._step) * self._step)
@@ -157,14 +177,26 @@ class Kernels:
         )
 
 
-def stretches(product: Product) -> float:
-    """Stretches of positions that a blocked convolution computes at once, for each position. At the ends of a row every
-    position is one of its own, as some of its taps are outside; with one tap all rows together are a single row."""
+def lines_of(operator: Operator) -> Size:
+    """Of a product those along the image's last axis but one, over the batch; of a pool those of all channels."""
+    if operator.product is not None:
+        return Size(operator.product.rows.axes[:2])
+    return Size(operator.writes[0].axes[:-1]) if operator.kind == "pool" else Size(())
+
+
+def stretches(product: Product) -> Array:
+    """How many stretches of each of `STRETCHES` a blocked convolution computes at once, for each position, float64. At
+    the ends of a row every position is one of its own, as some of its taps are outside; with one tap all rows together
+    are a single row."""
     sizes = [axis.constant for axis in product.rows.axes if not axis.terms]
-    if product.taps == 1:
-        return 1 / POSITIONS
-    row = sizes[-1] if sizes else 1
-    return (EDGES + ceil(max(row - EDGES, 0) / POSITIONS)) / max(row, 1)
+    positions, edges = (prod(sizes), 0) if product.taps == 1 else (sizes[-1] if sizes else 1, EDGES)
+    edges = min(edges, positions)
+    left, found = positions - edges, []
+    for length in STRETCHES:
+        often, left = divmod(left, length)
+        found.append(often)
+    found[-1] += edges
+    return np.array(found, np.float64) / max(positions, 1)
 
 
 class Flow:
@@ -231,20 +263,21 @@ class Flow:
 class Rates:
     """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call.
 
-    load, fetch: seconds of one, as `Quantities` counts them. reorder: seconds a reordered byte; reorder_call: seconds
-    an input that is reordered. weight: seconds a byte of weights. streaming: seconds more for a byte that comes from
-    main memory: of the weights of the whole network, those beyond `cache` bytes, since every call walks through all of
-    them in the same order. call: seconds once a call of the network.
+    load, wait: seconds of one, as `Quantities` counts them. reorder: seconds a reordered byte; reorder_call: seconds
+    an input that is reordered. weight: seconds a byte of weights; once: seconds more for one that is used once.
+    streaming: seconds more for a byte that the cache does not hold, see `streamed`. call: seconds once a call of the
+    network.
     """
 
     operation: Array
     byte: Array
     overhead: Array
     load: float
-    fetch: float
+    wait: float
     reorder: float
     reorder_call: float
     weight: float
+    once: float
     streaming: float
     cache: float
     call: float
@@ -252,13 +285,18 @@ class Rates:
     def seconds(self, found: Quantities) -> tuple[Array, Array, Array]:
         """Seconds of computing, of moving bytes, and of overhead, each (batch, operators)."""
         total = found.weights.sum(axis=1, keepdims=True)
-        streams = np.clip(1 - self.cache / np.maximum(total, 1.0), 0.0, 1.0)
         moving = found.moved * self.byte[found.classes] + found.reordered * self.reorder
-        moving += found.weights * (self.weight + self.streaming * streams)
+        moving += found.weights * (self.weight + self.streaming * streamed(total, self.cache)) + found.once * self.once
         computing = found.operations * self.operation[found.classes]
-        computing += found.loads * self.load + found.fetches * self.fetch
+        computing += found.loads * self.load + found.waits * self.wait
         starting = found.calls * self.overhead[found.classes] + found.reorders * self.reorder_call
         return computing, moving, starting
+
+
+def streamed(weights: Array, cache: float) -> Array:
+    """The share of so many bytes of weights, of the whole network, that a cache of `cache` bytes does not hold. Every
+    call walks through all of them in the same order, so that of twice as many nothing is left when it is wanted."""
+    return np.asarray(np.clip(weights / max(cache, 1.0) - 1.0, 0.0, 1.0))
 
 
 def rates_of(profile: DeviceProfile) -> Rates:
@@ -271,6 +309,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
             same / profile.compute.fp32.reached,
             same / profile.memory.reached,
             same * profile.overheads.operator.si,
+            0.0,
             0.0,
             0.0,
             0.0,
@@ -291,10 +330,11 @@ def rates_of(profile: DeviceProfile) -> Rates:
         np.array([seconds_of(one.bandwidth) for one in classes]),
         np.array([one.overhead.si for one in classes]),
         seconds_of(measured.loads),
-        seconds_of(measured.fetches),
+        seconds_of(measured.waits),
         seconds_of(measured.reorder),
         0.0 if measured.reorder_overhead is None else measured.reorder_overhead.si,
         seconds_of(measured.weights),
+        seconds_of(measured.used_once),
         seconds_of(measured.streaming),
         cache,
         profile.overheads.call.si,

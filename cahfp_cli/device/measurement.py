@@ -145,10 +145,11 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
         "calibration": classes
         | present(
             loads=rate(rates.load, "GFLOP/s"),
-            fetches=rate(rates.fetch, "GFLOP/s"),
+            waits=rate(rates.wait, "GFLOP/s"),
             reorder=rate(rates.reorder, "GB/s"),
             reorder_overhead=duration(rates.reorder_call),
             weights=rate(rates.weight, "GB/s"),
+            used_once=rate(rates.once, "GB/s"),
             streaming=rate(rates.streaming, "GB/s"),
             spread=figure(min(max(round(spread, 4), 1e-4), 1.0), "share", "root mean square error of the fit"),
         ),

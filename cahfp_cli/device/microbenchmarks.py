@@ -250,7 +250,9 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
     for narrow, wide, image in ((8, 48, 16), (12, 64, 8), (12, 48, 56)):
         name = f"narrow, {narrow}-{wide}, {image}x{image}"
         yield convolutions(name, narrow, image, Conv(wide, 1), Conv(narrow, 1), repeat=2)
-    for channels, image in ((18, 32), (33, 16), (63, 16), (63, 8), (101, 8), (101, 4), (199, 4), (57, 32), (250, 2)):
+    for channels, image in (
+        *((18, 32), (33, 16), (63, 16), (63, 8), (101, 8), (101, 4), (199, 4), (57, 32), (250, 2), (170, 1)),
+    ):
         yield convolutions(f"odd 3x3, {channels} channels, {image}x{image}", channels, image, Conv(channels), repeat=4)
     for narrow, wide, image in ((30, 185, 16), (63, 250, 8), (17, 99, 32), (121, 470, 4)):
         yield convolutions(
@@ -295,7 +297,7 @@ def microbenchmarks() -> Iterator[Microbenchmark]:
             chain.view(1, rows, columns)
             chain.double()
         yield chain.built(f"views, {rows}x{columns}")
-    for channels, image in ((64, 32), (32, 16), (36, 28), (20, 16), (100, 14)):
+    for channels, image in ((64, 32), (32, 16), (36, 28), (20, 16), (100, 14), (180, 8)):
         chain = Chain(1, channels, image, image)
         chain.conv(Conv(channels, 1))
         for _ in range(3):

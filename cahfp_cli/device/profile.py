@@ -222,10 +222,11 @@ class OperatorClass(Record):
 
 
 class Calibration(Record):
-    """Measured kernels, see device/latency.py; `loads` and `fetches`: of inputs and of weights by blocked convolutions;
-    `reorder`: bandwidth between plain and blocked channels, and `reorder_overhead` of each time; `weights`: bandwidth
-    of weights; `streaming`: what weights that the cache cannot hold take beyond that; `spread`: standard deviation of
-    predictions from what was measured, as a share."""
+    """Measured kernels, see device/latency.py; `loads`: of inputs by blocked convolutions, and `waits`: operations that
+    they have time for while sums are awaited; `reorder`: bandwidth between plain and blocked channels, and
+    `reorder_overhead` of each time; `weights`: bandwidth of weights; `used_once` and `streaming`: what those that a
+    product with a vector uses once, and those that the cache cannot hold, take beyond that; `spread`: standard
+    deviation of predictions from what was measured, as a share."""
 
     conv: OperatorClass
     narrow: OperatorClass
@@ -240,10 +241,11 @@ class Calibration(Record):
     clip: OperatorClass | None = None
     view: OperatorClass | None = None
     loads: Rate | None = None
-    fetches: Rate | None = None
+    waits: Rate | None = None
     reorder: Bandwidth | None = None
     reorder_overhead: Duration | None = None
     weights: Bandwidth | None = None
+    used_once: Bandwidth | None = None
     streaming: Bandwidth | None = None
     spread: Proportion | None = None
 

@@ -75,7 +75,8 @@ def brute_force(widths: tuple[int, int], profile: DeviceProfile) -> dict[str, fl
     ]
     moved = [source + stem, 2 * stem, stem + wide, stem + wide, 3 * wide, wide + small, small + CLASSES]
     cache = profile.memory.cache.si if profile.memory.cache else 0
-    streams = max(0.0, 1 - cache / (4 * sum(weights))) if sum(weights) else 0.0
+    size = 4 * sum(weights)
+    streams = float(size > 0) if cache == 0 else min(max(0.0, size / cache - 1), 1.0)
     latency = profile.overheads.call.si
     for operations, activations, weight in zip(padded, moved, weights, strict=True):
         compute = 2 * operations / (profile.compute.fp32.peak.si * profile.compute.fp32.efficiency.si)

@@ -51,6 +51,8 @@ def select_verified(
             fitted, aim = aim, (aim + missed) / 2
             continue
         seconds = measure(selection)
+        if seconds > limit:  # what else the machine does only ever makes a call slower
+            seconds = min(seconds, measure(selection))
         fastest = min(fastest, seconds)
         if seconds <= limit:
             fitted = max(fitted, aim)

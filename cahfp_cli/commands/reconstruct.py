@@ -98,6 +98,7 @@ def reconstruct(
     dry_run: DryRun = False,
 ) -> None:
     """Merge client submodels back into one global checkpoint."""
+    from cahfp_cli.allocator import keep_freed_memory
     from cahfp_cli.checkpoint.atomic import check_file_target
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction import merge
@@ -110,6 +111,7 @@ def reconstruct(
     for path in (report_file, html):
         if path is not None:
             check_file_target(path, force)
+    keep_freed_memory()
     with console.progress("merging", of_bytes=True) as progress:
         report = merge.reconstruct(
             global_checkpoint,

@@ -27,8 +27,8 @@ ROUNDS = 3
 FALLBACK_RATE = 1e15
 """Operations or bytes a second of a term that takes no time."""
 TO_DEVIATION = 1.4826
-"""From the median size of normal errors to their standard deviation. A network is a sum of many kernels, so that the few
-odd ones, which would rule a root mean square, say little of it."""
+"""From the median size of normal errors to their standard deviation. A network is a sum of many kernels: the few odd
+ones, which would rule a root mean square, say little of it."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ with batch norm) and eight clients that keep a random half of the channels of ea
 gathered. Then the candidates take turns, each time in a fresh process, and the median counts:
 
     raw             reads global and clients and writes as many bytes as the output has, in blocks of 1 MB: the floor
-    ours            `merge.reconstruct`
+    ours            `merge.reconstruct`, with the allocator set as by the command
     ours, command   `cahfp reconstruct`, start and imports included, and its whole memory
     torch           safetensors.torch.load_file of everything, index_select and index_add in float32, save_file
     sha256          hashing the bytes of global, clients and output once each, from memory: a part of `ours`
@@ -236,8 +236,10 @@ def task_raw(checkpoint: str, folders: list[str], output: str) -> Callable[[], N
 
 def task_ours(checkpoint: str, folders: list[str], output: str) -> Callable[[], None]:
     from cahfp_cli.checkpoint.metadata import Provenance
+    from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.reconstruction.merge import reconstruct
 
+    keep_freed_memory()
     provenance = Provenance(tool="bench", command="reconstruct")
 
     def work() -> None:

@@ -98,10 +98,10 @@ def reconstruct(
     dry_run: DryRun = False,
 ) -> None:
     """Merge client submodels back into one global checkpoint."""
-    from cahfp_cli.allocator import keep_freed_memory
     from cahfp_cli.checkpoint.atomic import check_file_target
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction import merge
+    from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.reconstruction.round import Step
     from cahfp_cli.reconstruction.rules import rule_named
 

@@ -90,7 +90,7 @@ def main() -> None:
     recipes = [r for r in (QUICK if options.quick else FULL).recipes if r.architecture in options.only]
     rows, figures = [], {}
     for recipe in recipes:
-        for share in options.budgets[-1:] if options.quick else options.budgets:
+        for share in options.budgets[:1] if options.quick else options.budgets:
             cases = [Case(recipe, seed, store) for seed in range(1 if options.quick else options.seeds)]
             found = np.array([compare(case, profile, share) for case in cases])
             lead = found[:, 0] - found[:, 2]

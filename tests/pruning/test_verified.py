@@ -74,8 +74,14 @@ def test_a_prediction_that_is_right_is_measured_once() -> None:
     assert found.seconds >= CLOSE * 50.5e-6
 
 
+def test_a_disturbed_measurement_is_taken_again() -> None:
+    seen = iter([80e-6, 48e-6])
+    found = select_verified(Budget(latency=50e-6), select, lambda selection: next(seen))
+    assert (found.tries, found.seconds) == (1, 48e-6)
+
+
 def test_of_several_that_hold_the_slowest_is_taken() -> None:
-    seen = iter([30e-6, 42e-6, 39e-6, *[60e-6] * TRIES])
+    seen = iter([30e-6, 42e-6, 39e-6, *[60e-6] * 2 * TRIES])
     found = select_verified(Budget(latency=50e-6), select, lambda selection: next(seen))
     assert found.seconds == 42e-6
 

@@ -54,20 +54,21 @@ def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, ha
         solution, _ = nnls(weighted / scale, weights)
         solution /= scale
         weights = 1 / np.sqrt(np.clip(relative @ solution, LEAST_RATIO, 1 / LEAST_RATIO))
-    by_class, others = np.split(solution, [3 * len(CLASSES)])
-    operation, byte, overhead = by_class.reshape(3, len(CLASSES))
+    by_class, others = np.split(solution, [4 * len(CLASSES)])
+    operation, byte, overhead, line = by_class.reshape(4, len(CLASSES))
     load, wait, reorder, reorder_call, weight, once, streaming, call = others.tolist()
-    rates = Rates(operation, byte, overhead, load, wait, reorder, reorder_call, weight, once, streaming, cache, call)
+    terms = (load, wait, reorder, reorder_call, weight, once, streaming)
+    rates = Rates(operation, byte, overhead, line, *terms, cache, call)
     return Fit(rates, step, hard, relative @ solution - 1)
 
 
 def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -> Array:
-    """What each rate is multiplied with: by class operations, bytes and calls; loads, waits; bytes reordered, and how
-    many times; bytes of weights, of weights used once, of weights streamed; one call."""
+    """What each rate is multiplied with: by class operations, bytes, calls and lines; loads, waits; bytes reordered,
+    and how many times; bytes of weights, of weights used once, of weights streamed; one call."""
     found = Kernels(benchmark.operators, 0, step, hard).quantities(np.zeros((1, 0)))
     by_class = [
         np.bincount(found.classes[0], weights=quantity[0], minlength=len(CLASSES))
-        for quantity in (found.operations, found.moved, found.calls)
+        for quantity in (found.operations, found.moved, found.calls, found.lines)
     ]
     weights = float(found.weights.sum())
     sums = [float(quantity.sum()) for quantity in (found.loads, found.waits, found.reordered, found.reorders)]

@@ -61,7 +61,8 @@ class Quantities:
     each for up to `FILTERS` blocks of outputs; waits: operations that there was time for while their sums were awaited.
     moved: bytes of activations read and written, and of the unrolled input that slow convolutions write first.
     reordered: bytes of inputs that come in blocks and are wanted plain, or the other way round, and reorders: how many
-    such inputs. weights: bytes that are read; once: those of products with a single vector. calls: of kernels.
+    such inputs. weights: bytes that are read; once: those of products with a single vector. calls: of kernels. lines:
+    of images that are unrolled or pooled, one channel after another.
     """
 
     classes: NDArray[np.int64]
@@ -74,6 +75,7 @@ class Quantities:
     weights: Array
     once: Array
     calls: Array
+    lines: Array
 
 
 class Kernels:
@@ -130,7 +132,8 @@ class Kernels:
         operations = np.where(of(*MOVING), 0.0, 2 * positions * taps * deep * wide)
         unrolled = np.where(of("odd"), rows * self._taps * inputs * ITEM_BYTES, 0.0)
         # Unrolling copies line after line, and pooling computes them: of small images that takes longer than the bytes.
-        calls = np.where(of("odd"), self._taps * inputs * lines, np.where(of(*UNBLOCKED), groups, 1.0))
+        lines = np.where(of("odd"), self._taps * inputs * lines, np.where(of("pool"), lines, 0.0))
+        calls = np.where(of(*UNBLOCKED), groups, 1.0)
         # Depthwise, a load serves the one block that it belongs to.
         loads = np.where(of("conv", "narrow"), rows * taps * deep * np.ceil(wide / self._step / FILTERS), 0.0)
         padding = deep * wide / np.maximum(contracted * outputs, 1.0)  # blocked kernels hold their weights padded
@@ -140,9 +143,9 @@ class Kernels:
         once = np.where(of("odd", "odd_pointwise", "matmul") & (rows == 1), weights, 0.0)
         blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
         classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
-        calls = np.where(classes == NUMBER["pool"], lines, calls)
+        lines = np.where(classes == NUMBER["memory"], 0.0, lines)
         moved = moved + unrolled
-        return Quantities(classes, operations, loads, waits, moved, reordered, reorders, weights, once, calls)
+        return Quantities(classes, operations, loads, waits, moved, reordered, reorders, weights, once, calls, lines)
 
     def _awaited(self, outputs: Array, groups: Array) -> Array:
         """Output channels that a blocked convolution might compute besides, for each position, where it sums up fewer
@@ -261,7 +264,8 @@ class Flow:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call.
+    """How fast kernels of each class are, float64 (classes,): seconds an operation, a byte of activations, a call,
+    a line.
 
     load, wait: seconds of one, as `Quantities` counts them. reorder: seconds a reordered byte; reorder_call: seconds
     an input that is reordered. weight: seconds a byte of weights; once: seconds more for one that is used once.
@@ -272,6 +276,7 @@ class Rates:
     operation: Array
     byte: Array
     overhead: Array
+    line: Array
     load: float
     wait: float
     reorder: float
@@ -289,7 +294,8 @@ class Rates:
         moving += found.weights * (self.weight + self.streaming * streamed(total, self.cache)) + found.once * self.once
         computing = found.operations * self.operation[found.classes]
         computing += found.loads * self.load + found.waits * self.wait
-        starting = found.calls * self.overhead[found.classes] + found.reorders * self.reorder_call
+        starting = found.calls * self.overhead[found.classes] + found.lines * self.line[found.classes]
+        starting += found.reorders * self.reorder_call
         return computing, moving, starting
 
 
@@ -309,6 +315,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
             same / profile.compute.fp32.reached,
             same / profile.memory.reached,
             same * profile.overheads.operator.si,
+            same * 0.0,
             0.0,
             0.0,
             0.0,
@@ -329,6 +336,7 @@ def rates_of(profile: DeviceProfile) -> Rates:
         np.array([0.0 if one.rate is None else 1 / one.rate.si for one in classes]),
         np.array([seconds_of(one.bandwidth) for one in classes]),
         np.array([one.overhead.si for one in classes]),
+        np.array([0.0 if one.line is None else one.line.si for one in classes]),
         seconds_of(measured.loads),
         seconds_of(measured.waits),
         seconds_of(measured.reorder),

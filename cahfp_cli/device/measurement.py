@@ -115,6 +115,7 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
             rate=rate(rates.operation[i], "GFLOP/s"),
             bandwidth=rate(rates.byte[i], "GB/s"),
             overhead=duration(rates.overhead[i]),
+            line=duration(rates.line[i]) if rates.line[i] > 0 else None,
         )
         for i, kernel in enumerate(CLASSES)
     }

@@ -219,6 +219,7 @@ class OperatorClass(Record):
     rate: Rate | None = None
     bandwidth: Bandwidth | None = None
     overhead: Duration
+    line: Duration | None = None
 
 
 class Calibration(Record):

@@ -13,7 +13,7 @@ from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.device.calibration import features_of, fit, fit_with
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
-from cahfp_cli.device.latency import CLASSES, Kernels, Quantities, Rates
+from cahfp_cli.device.latency import CLASSES, Kernels, Quantities, Rates, rates_of
 from cahfp_cli.device.measurement import profile_content
 from cahfp_cli.device.microbenchmarks import Microbenchmark, microbenchmarks
 from cahfp_cli.device.operators import Operator, Product
@@ -24,6 +24,7 @@ from tests.device.test_cost import small_net
 
 BENCHMARKS = list(microbenchmarks())
 IDLE = [CLASSES.index(name) for name in ("pool", "memory", "math", "clip", "view")]
+LINED = ("odd", "pool")
 LINKS = {name: {"value": 1.0, "unit": "Mbit/s", "source": "test"} for name in ("uplink", "downlink")}
 
 
@@ -37,8 +38,9 @@ def made_up(seed: int, cache: float) -> Rates:
     operation, byte, overhead = 1 / some(1e9, 2e11), 1 / some(1e9, 1e11), some(1e-7, 1e-5)
     operation[IDLE] = 0.0  # they have no operations to be slow at
     byte[CLASSES.index("view")] = 0.0
+    line = np.where(np.isin(CLASSES, LINED), some(1e-9, 1e-7), 0.0)
     return Rates(
-        operation, byte, overhead, 1 / 3e10, 1 / 4e10, 1 / 2e10, 2e-6, 1 / 9e10, 1 / 2e10, 1 / 1.5e10, cache, 5e-6
+        operation, byte, overhead, line, 1 / 3e10, 1 / 4e10, 1 / 2e10, 2e-6, 1 / 9e10, 1 / 2e10, 1 / 1.5e10, cache, 5e-6
     )
 
 
@@ -80,7 +82,7 @@ def test_noise_of_the_times_does_not_change_the_alignment() -> None:
 def test_a_fit_never_finds_a_negative_rate() -> None:
     seconds = np.random.default_rng(0).uniform(1e-6, 1e-3, len(BENCHMARKS))  # explained by nothing
     rates = fit(BENCHMARKS, seconds).rates
-    for values in (rates.operation, rates.byte, rates.overhead):
+    for values in (rates.operation, rates.byte, rates.overhead, rates.line):
         assert (values >= 0).all()
     others = (rates.load, rates.wait, rates.reorder, rates.reorder_call, rates.weight, rates.once, rates.streaming)
     assert min(*others, rates.call) >= 0
@@ -115,7 +117,8 @@ def test_what_a_microbenchmark_says_of_itself_is_what_its_onnx_file_computes(ben
 def test_every_rate_shows_in_some_microbenchmark() -> None:
     features = np.stack([features_of(benchmark, 16, 4, 4e6) for benchmark in BENCHMARKS])
     unseen = [i for i in range(features.shape[1]) if not features[:, i].any()]
-    assert unseen == [*IDLE, len(CLASSES) + CLASSES.index("view")]  # a view moves no bytes
+    without = [3 * len(CLASSES) + number for number, name in enumerate(CLASSES) if name not in LINED]
+    assert unseen == [*IDLE, len(CLASSES) + CLASSES.index("view"), *without]  # a view moves no bytes
 
 
 def one(kind: str, inputs: int, outputs: int, contracted: int, rows: int = 49, taps: int = 9) -> Quantities:
@@ -142,7 +145,8 @@ def test_the_kernel_of_a_convolution_depends_on_its_channels(inputs: int, output
     assert found.operations[0, 0] == 2 * operations
     unrolled = 49 * taps * inputs if expected == "odd" else 0
     assert found.moved[0, 0] == 4 * (49 * (inputs + outputs) + unrolled)
-    assert found.calls[0, 0] == (taps * inputs if expected == "odd" else 1)  # of an image of one line
+    assert found.calls[0, 0] == 1
+    assert found.lines[0, 0] == (taps * inputs if expected == "odd" else 0)  # of an image of one line
 
 
 @pytest.mark.parametrize(("channels", "expected", "calls"), [(96, "depthwise", 1), (95, "odd_depthwise", 95)])
@@ -224,6 +228,16 @@ def test_a_blocked_convolution_waits_for_sums_where_few_are_in_flight(
     found = one("conv", 32, outputs, 32, rows=row, taps=taps)
     assert found.waits[0, 0] == pytest.approx(2 * taps * 32 * 16 * idle)
     assert one("conv", 33, outputs, 33, rows=row, taps=taps).waits[0, 0] == 0  # a matrix product
+
+
+def test_pools_take_a_time_a_line_only_where_it_was_measured() -> None:
+    a = Axis(0, ((0, 1),))
+    image = Size((Axis(1), a, Axis(8), Axis(8)))
+    pool = Operator("pool", "pool", (image,), (Size((Axis(1), a, Axis(4), Axis(4))),), sources=(None,), layout="whole")
+    found = Kernels((pool,), 1, 16, 4).quantities(np.array([[20.0]]))
+    assert (found.calls[0, 0], found.lines[0, 0]) == (1, 20 * 4)
+    for profile in (load_profile("jetson"), load_profile("raspberry-pi-4")):
+        assert not rates_of(profile).line.any()
 
 
 def test_products_with_a_vector_use_each_weight_once() -> None:

@@ -128,6 +128,7 @@ def test_a_file_gives_back_the_profile_and_its_rates(seed: int, tmp_path: Path) 
         "operation",
         "byte",
         "overhead",
+        "line",
         "load",
         "wait",
         "reorder",

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from cahfp_cli.plots.html_report import Picture
 
 BACKENDS = ("local", "flower")
-COLUMNS = ("method", "global, %", "as left, %", "deployed, %", "tuned, %", "uploaded, MB", "client TFLOP", "seconds")
+ACCURACIES = {
+    "global": "recalibrated",
+    "as left": "plain",
+    "deployed": "deployed",
+    "own": "own",
+    "tuned": "tuned",
+}
+"""Heads of columns, and names in the summary."""
+COLUMNS = ("method", *(f"{head}, %" for head in ACCURACIES), "uploaded, MB", "client TFLOP", "seconds")
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
     "round": ("round", lambda row: row["round"], False),
     "uploaded": ("uploaded, MB", lambda row: row["uploaded_bytes"] / 1e6, True),
@@ -95,7 +103,7 @@ def rows_of(found: Json, partition: str) -> list[list[str]]:
     return [
         [
             entry["method"],
-            *(percent(entry[name]) for name in ("recalibrated", "plain", "deployed", "tuned")),
+            *(percent(entry[name]) for name in ACCURACIES.values()),
             f"{entry['uploaded_bytes'] / 1e6:.1f}",
             f"{entry['client_flops'] / 1e12:.3f}",
             f"{entry['seconds']:.0f}",
@@ -143,7 +151,8 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
         f"{asked.rounds} rounds, {len(asked.seeds)} seeds: "
         "mean and standard deviation over seeds after the last round. "
         "global: the global network with renewed statistics of norms; as left: without. deployed: mean over devices of "
-        "the submodels cut for them; tuned: after one local epoch. uploaded and FLOP: of all clients in all rounds."
+        "the submodels cut for them; own: the same with classes as the device's own data has them; tuned: that "
+        "after one local epoch. uploaded and FLOP: of all clients in all rounds."
     )
     write_text(output / "report.html", html_report(f"cahfp simulate: {asked.name}", introduction, parts))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.checkpoint.digest import arrays_digest
@@ -20,29 +21,32 @@ from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
-from cahfp_cli.federation.rounds import load_global, situation_of, train_options
+from cahfp_cli.federation.rounds import learning_rate, load_global, situation_of, train_options
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap
 from cahfp_cli.significance.measure import subset
-from cahfp_cli.training.evaluation import evaluate
+from cahfp_cli.training.evaluation import evaluate, hits_by_class
 from cahfp_cli.training.recalibration import BATCH_NORMS, recalibrate
 from cahfp_cli.training.sgd import steps_per_epoch, train
 
 BATCH = 256
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Assessment:
     """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
-    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut, and tuned: after
-    one local epoch on the device's own data; by_device: as cut, by client."""
+    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut; by_device: of
+    each. own, tuned: mean over devices of the submodels as cut, and after one local epoch on the device's own data,
+    where each class of the test data counts by its share of that data."""
 
     plain: float
     recalibrated: float
     loss: float
     deployed: float
+    own: float
     tuned: float
     by_device: tuple[float, ...]
 
@@ -56,29 +60,43 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
     plain = evaluate(whole, common.test, BATCH, CPU)
     renew_statistics(setting, whole)
     recalibrated = evaluate(whole, common.test, BATCH, CPU)
-    cut: dict[bytes, tuple[nn.Module, float]] = {}
-    as_cut, tuned = [], []
+    cut: dict[bytes, tuple[nn.Module, Counts]] = {}
+    in_test = np.bincount(common.test.y, minlength=common.test.classes)
+    as_cut, own, tuned = [], [], []
     for client in range(len(common.devices)):
         mask = method.deploy(situation, client)
         key = mask.tobytes()
         if key not in cut:
             submodel = compact(common.network, common.analysis, mask)
             renew_statistics(setting, submodel)
-            cut[key] = submodel, evaluate(submodel, common.test, BATCH, CPU).accuracy
-        as_cut.append(cut[key][1])
-        tuned.append(tuned_accuracy(setting, clone(cut[key][0]), number, client))
+            cut[key] = submodel, hits_by_class(submodel, common.test, BATCH, CPU)
+        submodel, hits = cut[key]
+        in_training = np.bincount(setting.data_of(client).y, minlength=common.test.classes)
+        as_cut.append(float(hits.sum() / in_test.sum()))
+        own.append(accuracy_on(in_training, hits, in_test))
+        after = tuned_copy(setting, submodel, number, client)
+        tuned.append(accuracy_on(in_training, hits_by_class(after, common.test, BATCH, CPU), in_test))
     return Assessment(
         plain.accuracy,
         recalibrated.accuracy,
         recalibrated.loss,
         float(np.mean(as_cut)),
+        float(np.mean(own)),
         float(np.mean(tuned)),
         tuple(as_cut),
     )
 
 
-def bound_terms(setting: Setting, before: Path, after: Path, merged: Mapping[int, Mask]) -> Terms:
-    """The terms of the bound of the round that made the checkpoint `after` from `before`.
+def accuracy_on(shares: Counts, hits: Counts, samples: Counts) -> float:
+    """Accuracy if classes came in these shares, of a network that is right in `hits` of so many samples of each class;
+    all (classes,). Classes of which there is no sample are left out; 0 if that leaves none."""
+    seen = samples > 0
+    weights = shares[seen]
+    return float(weights @ (hits[seen] / samples[seen]) / max(1, weights.sum()))
+
+
+def bound_terms(setting: Setting, number: int, before: Path, after: Path, merged: Mapping[int, Mask]) -> Terms:
+    """The terms of the bound of round `number`, which made the checkpoint `after` from `before`.
 
     Args: merged: masks of the clients whose replies were merged.
     """
@@ -92,15 +110,17 @@ def bound_terms(setting: Setting, before: Path, after: Path, merged: Mapping[int
         axes = common.analysis.groups.indices(mask)
         parts[client] = Part(compact(common.network, common.analysis, mask), axes, steps)
     data = {client: setting.data_of(client) for client in range(len(setting.shares))}
-    return terms(common.network, data, parts, new, how.lr, how.batch_size)
+    lr = learning_rate(setting.experiment, number)
+    return terms(common.network, data, parts, new, lr, how.batch_size)
 
 
-def tuned_accuracy(setting: Setting, submodel: nn.Module, number: int, client: int) -> float:
-    """After one local epoch on the client's own data."""
-    seed = derived(Purpose.DEPLOYMENT, setting.seed, number, client)
-    options = train_options(setting, seed)
-    train(submodel, setting.data_of(client), replace(options, epochs=1, steps=None), CPU)
-    return evaluate(submodel, setting.common.test, BATCH, CPU).accuracy
+def tuned_copy(setting: Setting, submodel: nn.Module, number: int, client: int) -> nn.Module:
+    """A copy after one local epoch on the client's own data."""
+    experiment, copy = setting.experiment, clone(submodel)
+    lr = experiment.evaluation.tuning_lr or experiment.train.lr
+    options = train_options(setting, lr, derived(Purpose.DEPLOYMENT, setting.seed, number, client))
+    train(copy, setting.data_of(client), replace(options, epochs=1, steps=None), CPU)
+    return copy
 
 
 def renew_statistics(setting: Setting, network: nn.Module) -> None:

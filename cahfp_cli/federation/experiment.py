@@ -4,7 +4,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -50,7 +50,11 @@ class DeviceEntry(Record):
 
 
 class Training(Record):
-    """A client's own SGD in a round: `epochs` over its data, or exactly `steps` steps instead."""
+    """A client's own SGD in a round: `epochs` over its data, or exactly `steps` steps instead.
+
+    schedule: of the learning rate over the rounds, `lr` in all of them (constant), or falling from `lr` in the first to
+    nearly nothing in the last (cosine).
+    """
 
     epochs: Whole = 1
     steps: Whole | None = None
@@ -58,6 +62,7 @@ class Training(Record):
     lr: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    schedule: Literal["constant", "cosine"] = "constant"
 
 
 class SelectionTable(Record):
@@ -93,10 +98,12 @@ class Start(Record):
 
 class Evaluation(Record):
     """When and on what to measure. every: rounds between evaluations (the last round always has one). samples: of each
-    client in the phase that returns statistics of norms alone, if there is no public split. bound_terms: measure the
-    terms of the convergence bound in every round, see bound.py."""
+    client in the phase that returns statistics of norms alone, if there is no public split. tuning_lr: of the local
+    epoch after deployment, `train.lr` if it is not given. bound_terms: measure the terms of the convergence bound in
+    every round, see bound.py."""
 
     every: Whole = 5
+    tuning_lr: Positive | None = None
     samples: Annotated[int, Field(strict=True, ge=2)] = 64
     bound_terms: Annotated[bool, Field(strict=True)] = False
 

@@ -1,5 +1,6 @@
 """One round: choose clients and masks, cut, train, look at the replies, merge."""
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.federation.client import Task, rates_of, samples_seen
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
+from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.gate import checked_scores, fault_of
 from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Merger
@@ -150,19 +152,28 @@ def make_task(setting: Setting, number: int, client: int, mask: Mask, index_map:
     """Cut a client's submodel from the network, which has the values of the checkpoint of the index map."""
     common = setting.common
     model = compact(common.network, common.analysis, mask)
-    options = train_options(setting, derived(Purpose.TRAINING, setting.seed, number, client))
+    seed = derived(Purpose.TRAINING, setting.seed, number, client)
+    options = train_options(setting, learning_rate(setting.experiment, number), seed)
     rates = rates_of(model, index_map) if scaler else {}
     return Task(client, number, mask, model, index_map, setting.data_of(client), options, scaler, rates)
 
 
-def train_options(setting: Setting, seed: int) -> TrainOptions:
-    """The experiment's local training, at a constant learning rate, with the random stream of `seed`."""
+def learning_rate(experiment: Experiment, number: int) -> float:
+    """That of all steps of round `number`; over R rounds, cosine is lr (1 + cos(pi number / R)) / 2."""
+    how = experiment.train
+    if how.schedule == "constant":
+        return how.lr
+    return how.lr * (1 + math.cos(math.pi * number / experiment.rounds)) / 2
+
+
+def train_options(setting: Setting, lr: float, seed: int) -> TrainOptions:
+    """The experiment's local training at a learning rate, with the random stream of `seed`."""
     how = setting.experiment.train
     return TrainOptions(
         epochs=how.epochs,
         steps=how.steps,
         batch_size=how.batch_size,
-        lr=how.lr,
+        lr=lr,
         momentum=how.momentum,
         weight_decay=how.weight_decay,
         schedule="constant",

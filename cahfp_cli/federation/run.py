@@ -70,7 +70,7 @@ def run(
             "coverage": {tensor: list(counts) for tensor, counts in outcome.coverage.items()},
         }
         if experiment.evaluation.bound_terms:
-            row["bound"] = asdict(bound_terms(setting, before, after, outcome.merged))
+            row["bound"] = asdict(bound_terms(setting, number, before, after, outcome.merged))
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
             found = assess(setting, method, number, after, memory)
             row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back

@@ -21,7 +21,7 @@ from cahfp_cli.federation.setting import Common, make_setting, prepare, write_st
 from cahfp_cli.training.device import use_threads
 
 EXPERIMENT, METRICS, SUMMARY = "experiment.json", "metrics.jsonl", "summary.json"
-ACCURACIES = ("recalibrated", "plain", "deployed", "tuned")
+ACCURACIES = ("recalibrated", "plain", "deployed", "own", "tuned")
 
 
 @dataclass(frozen=True)

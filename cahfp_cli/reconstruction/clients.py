@@ -18,6 +18,7 @@ from cahfp_cli.pruning.files import REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, without_factors
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
 from cahfp_cli.reconstruction.gate import checked_numbers, read_upload
+from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.partial import Partial, read_partial
 from cahfp_cli.reconstruction.rules import Floats
 
@@ -98,12 +99,14 @@ def read_clients(
     gate: Gate,
     by_curvature: bool = False,
     keep_compensation: bool = False,
+    threads: int = 1,
 ) -> tuple[list[Client], list[Refusal], list[str]]:
     """Read and check all clients; returns those that passed, in an order that depends on their content only, those
     that did not, and warnings.
 
     Args: digest: content digest of `checkpoint`. weights: by path, what takes precedence over recorded num_examples.
-        by_curvature: read the clients' curvature too. keep_compensation: leave factors in.
+        by_curvature: read the clients' curvature too. keep_compensation: leave factors in. threads: clients read at a
+        time.
     Raises: UsageError: no client, one twice, a weight for one that is not listed, that is no positive number or of an
         aggregate. InputError: without `skip_invalid`, a client is not a sound submodel of `checkpoint`, or only some
         have a num_examples.
@@ -118,11 +121,17 @@ def read_clients(
             raise error
         refused.append(Refusal.of(path, error))
 
-    for path in paths:
+    def tried(path: Path) -> tuple[Client, float | None] | InputError:
         try:
-            read.append(_read(checkpoint, digest, path, given.get(path), gate, by_curvature, keep_compensation))
+            return _read(checkpoint, digest, path, given.get(path), gate, by_curvature, keep_compensation)
         except InputError as error:
-            refuse(path, error)
+            return error
+
+    for path, found in zip(paths, in_order(tried, paths, threads), strict=True):
+        if isinstance(found, InputError):
+            refuse(path, found)
+        else:
+            read.append(found)
     recorded = any(examples is not None for _, examples in read)
     clients = []
     for client, examples in read:

@@ -23,6 +23,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
 from cahfp_cli.reconstruction.gate import check_block
+from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.report import ClientReport, ReconstructionReport, TensorCoverage
 from cahfp_cli.reconstruction.round import Round, Step, check_same_tensors
 from cahfp_cli.reconstruction.rules import Rule, rule_named
@@ -81,9 +82,13 @@ def reconstruct(
         sharded = isinstance(checkpoint, ShardedCheckpoint) and not partial
         (check_folder_target if sharded else check_file_target)(output, force)
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
-        digest = content_digest(checkpoint, lambda info, block: check_block(checkpoint.path, info, block))
+        digest, *own = in_order(
+            lambda path: _checked_digest(checkpoint) if path is None else file_sha256(path),
+            [None, *_files(checkpoint)],
+            threads,
+        )
         clients, refused, warnings = read_clients(
-            checkpoint, digest, submodels, weights or {}, gate, chosen.by_curvature, keep_compensation
+            checkpoint, digest, submodels, weights or {}, gate, chosen.by_curvature, keep_compensation, threads
         )
         _check_aggregates(clients, chosen, keep_compensation)
         every = audit or clip is not None or max_update is not None
@@ -97,7 +102,10 @@ def reconstruct(
             check_same_tensors(before, checkpoint)
         this = Round(checkpoint, tuple(clients), chosen, step, before, threads)
         covered = tuple(_coverage(this, info) for info in checkpoint.tensors.values() if info.dtype in FLOATS)
-        made = _completed(provenance, checkpoint, clients, weights or {})
+        inputs = [
+            InputFile(file=path.name, sha256=sha256) for path, sha256 in zip(_files(checkpoint), own, strict=True)
+        ]
+        made = _completed(provenance, inputs, clients, weights or {})
         result = None
         agreements: list[float | None] = [None] * len(clients)
         if not dry_run and partial:
@@ -185,16 +193,22 @@ def _too_few(count: int, least: int, refused: Sequence[Refusal]) -> str:
     return f"{message}\nThe first that did not: {refused[0].reason}" if refused else message
 
 
+def _files(checkpoint: SafetensorsFile | ShardedCheckpoint) -> list[Path]:
+    return [
+        file.path for file in ([checkpoint] if isinstance(checkpoint, SafetensorsFile) else checkpoint.shards.values())
+    ]
+
+
+def _checked_digest(checkpoint: Tensors) -> str:
+    return content_digest(checkpoint, lambda info, block: check_block(checkpoint.path, info, block))
+
+
 def _completed(
-    provenance: Provenance,
-    checkpoint: SafetensorsFile | ShardedCheckpoint,
-    clients: Sequence[Client],
-    weights: Mapping[Path, float],
+    provenance: Provenance, own: Sequence[InputFile], clients: Sequence[Client], weights: Mapping[Path, float]
 ) -> Provenance:
-    """With the inputs that took part, by their last names and in sorted order, and with their given weights."""
-    own = [checkpoint] if isinstance(checkpoint, SafetensorsFile) else checkpoint.shards.values()
-    inputs = [InputFile(file=file.path.name, sha256=file_sha256(file.path)) for file in own]
-    inputs += [one for client in clients for one in client.inputs]
+    """With the inputs that took part, `own` of the global checkpoint, by their last names and in sorted order, and with
+    their given weights."""
+    inputs = [*own, *(one for client in clients for one in client.inputs)]
     took_part = {client.path for client in clients}
     given: list[JsonValue] = [
         [path.resolve().name, weight] for path, weight in sorted(weights.items()) if path in took_part

@@ -46,6 +46,19 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.
         model.train(was_training)
 
 
+def hits_by_class(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device) -> npt.NDArray[np.int64]:
+    """How many samples of each class a module in evaluation mode classifies rightly, (classes,).
+
+    Raises: InputError: the data does not fit the model.
+    """
+    hits = np.zeros(dataset.classes, np.int64)
+    with torch.inference_mode():
+        for x, y in batches(dataset, batch_size, seed=None):
+            right = class_logits(model, x, dataset.classes, device).argmax(1).cpu().numpy() == y
+            hits += np.bincount(y[right], minlength=dataset.classes)
+    return hits
+
+
 def evaluate_onnx(path: Path, dataset: Dataset, batch_size: int, threads: int | None = None) -> Metrics:
     """Measure an ONNX file in ONNX Runtime on the CPU. A file of a fixed batch size is run at that size.
 

@@ -22,7 +22,8 @@ class Method:
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
     do. mix: instead of the experiment's `score_mix`. widths: how wide scored masks are in each layer. nesting: whether
-    clients train parts of their masks at times, see the experiment's `nesting`. strong_only: only devices that hold the
+    clients train parts of their masks at times, see the experiment's `nesting`. insulated: whether
+    a start from random weights is changed as `insulation` says. strong_only: only devices that hold the
     whole network take part. network: what of the global checkpoint is the method's global network.
     """
 
@@ -34,11 +35,12 @@ class Method:
     mix: float | None = None
     widths: Sized = even
     nesting: bool = False
+    insulated: bool = False
     strong_only: bool = False
     network: Choose = selections.full
 
 
-CAHFP = Method(remembered, remembered, scoring="experiment", nesting=True)
+CAHFP = Method(remembered, remembered, scoring="experiment", nesting=True, insulated=True)
 
 METHODS: dict[str, Method] = {
     "fedavg": Method(selections.full, selections.magnitude),
@@ -57,7 +59,9 @@ METHODS: dict[str, Method] = {
     "cahfp-own": replace(CAHFP, mix=0.0),
     "cahfp-covered": replace(CAHFP, rule="covered"),
     "cahfp-apart": replace(CAHFP, nesting=False),
+    "cahfp-felt": replace(CAHFP, insulated=False),
     "cahfp-layers": replace(CAHFP, widths=layered),
     "cahfp-unscored": replace(CAHFP, scoring="none"),
+    "heterofl-insulated": Method(selections.prefix, selections.prefix, scaler=True, insulated=True),
 }
-"""From `cahfp-own` on, one thing is different from `cahfp` in each, to show what it brings."""
+"""From `cahfp-own` on, one thing is different from `cahfp` in each, or from `heterofl`, to show what it brings."""

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from cahfp_cli.checkpoint.atomic import atomic_file
+from cahfp_cli.checkpoint.metadata import dump_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics
 from cahfp_cli.federation.clients import Clients
+from cahfp_cli.federation.insulation import insulated
 from cahfp_cli.federation.memory import Memory
-from cahfp_cli.federation.methods import METHODS
+from cahfp_cli.federation.methods import METHODS, Method
 from cahfp_cli.federation.rounds import first_memory, load_global, run_round
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.models.checkpoint_io import save_checkpoint
@@ -49,8 +51,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, len(rows))
     if not rows:
-        shutil.copyfile(start, global_of(folder, 0))
         memory = first_memory(setting, method)
+        write_first(setting, method, start, global_of(folder, 0), memory)
     else:
         memory = read_memory(memory_of(folder, len(rows)))
     for number in range(len(rows), experiment.rounds):
@@ -86,6 +88,17 @@ def run(
         renew_statistics(setting, setting.common.network)
         save_checkpoint(folder / FINAL, setting.common.network, setting.common.metadata(), force=True)
     return rows
+
+
+def write_first(setting: Setting, method: Method, start: Path, target: Path, memory: Memory) -> None:
+    """Write the checkpoint that the first round begins with: `start`, which all methods share, or that insulated."""
+    if not (method.insulated and setting.experiment.start.cold):
+        shutil.copyfile(start, target)
+        return
+    common = setting.common
+    arrays = insulated(load_global(setting, start), common.analysis.groups, memory.masks)
+    with atomic_file(target, force=True) as temporary:
+        save_arrays(temporary, arrays, dump_metadata(common.metadata()))
 
 
 def remove_leftovers(folder: Path, number: int) -> None:

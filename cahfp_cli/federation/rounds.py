@@ -227,15 +227,15 @@ def with_scores(
 
 
 def trained_mask(situation: Situation, setting: Setting, method: Method, client: int) -> Mask:
-    """What a client trains this round: its mask, or at times the part of it that a device drawn from those no larger
-    has, so that small submodels are trained by everybody, and in large ones the part that small ones share."""
-    own = method.choose(situation, client)
+    """What a client trains this round: its mask, or at times the part of it that the smallest device has, so that small
+    submodels are trained by everybody, and first of all."""
+    own, experiment = method.choose(situation, client), setting.experiment
     random = np.random.default_rng(derived(Purpose.SELECTION, situation.seed, situation.number, client))
-    if not method.nesting or random.random() >= setting.experiment.selection.nesting:
+    nesting = experiment.selection.nesting * (1 - situation.number / experiment.rounds)
+    if not method.nesting or random.random() >= nesting:
         return own
     masks, family = situation.memory.masks, situation.groups.family
     sizes = masks.sum(axis=1)
-    smaller = np.flatnonzero(sizes <= sizes[client])
-    other = masks[int(random.choice(smaller))]
+    smallest = masks[int(random.choice(np.flatnonzero(sizes == sizes.min())))]
     worth = situation.memory.significance(client, 1.0)
-    return nested(own, other, level(situation.groups) if worth is None else worth, family)
+    return nested(own, smallest, level(situation.groups) if worth is None else worth, family)

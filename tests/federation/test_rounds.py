@@ -14,6 +14,7 @@ from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.federation.assessment import accuracy_on
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.simulation import simulate
@@ -130,7 +131,7 @@ def test_a_bad_reply_is_dropped_as_if_the_client_had_been_silent(tmp_path: Path)
 
 
 def test_without_a_quorum_the_global_checkpoint_stays(tmp_path: Path) -> None:
-    asked = experiment(rounds=1, clients_per_round=6, quorum=6)
+    asked = experiment(methods=["heterofl"], rounds=1, clients_per_round=6, quorum=6)
     (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=first_client_of(BAD["nan"]))
     assert run.rows[0]["loss"] is None and run.rows[0]["failed"] == "5 sound replies, and the quorum is 6"
     (after,) = (tmp_path / "out").rglob("global-*.safetensors")
@@ -237,6 +238,36 @@ def test_coverage_counts_the_clients_that_hold_each_entry(tmp_path: Path) -> Non
             holders[np.ix_(*whole)] += 1
         assert counts == np.bincount(holders.reshape(-1), minlength=6).tolist()
     assert sum(map(len, found.values())) == 6 * len(found) and max(map(max, found.values())) > 0
+
+
+def test_the_learning_rate_falls_as_a_cosine_over_the_rounds(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    def trainer(task: Task) -> Reply:
+        rates.append(task.options.lr)
+        return train_client(task)
+
+    for schedule in ("constant", "cosine"):
+        rates.clear()
+        asked = experiment(methods=["heterofl"], rounds=4, train={"lr": 0.08, "schedule": schedule})
+        simulate(asked, tmp_path / schedule, PROVENANCE, trainer=trainer)
+        a_round = asked.clients_per_round
+        assert all(len(set(rates[first : first + a_round])) == 1 for first in range(0, 4 * a_round, a_round))
+        half = 0.08 * (1 + 2**-0.5) / 2, 0.08 * (1 - 2**-0.5) / 2
+        wanted = [0.08] * 4 if schedule == "constant" else [0.08, half[0], 0.04, half[1]]
+        assert rates[::a_round] == pytest.approx(wanted)
+
+
+def test_own_and_tuned_accuracy_count_classes_as_the_device_has_them(tmp_path: Path) -> None:
+    assert accuracy_on(np.array([6, 2, 0]), np.array([5, 1, 0]), np.array([10, 4, 8])) == pytest.approx(
+        (6 * 0.5 + 2 * 0.25) / 8
+    )
+    assert accuracy_on(np.array([6, 2, 2]), np.array([5, 0, 4]), np.array([10, 0, 8])) == pytest.approx(0.5)
+    assert accuracy_on(np.array([0, 2, 0]), np.array([5, 0, 4]), np.array([10, 0, 8])) == 0
+    asked = experiment(methods=["heterofl"], rounds=2, partitions=["classes(2)"], evaluation={"tuning_lr": 0.05})
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE)
+    found = run.rows[-1]["accuracy"]
+    assert found["tuned"] > found["own"] + 0.2  # with two classes each, a device soon knows its own
 
 
 def test_the_rule_by_curvature_is_refused_before_anything_runs(tmp_path: Path) -> None:

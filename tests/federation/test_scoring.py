@@ -21,8 +21,8 @@ DATA = {"train": "digits@train[0:300]", "test": "digits@test[0:100]"}
 
 
 @cache
-def small() -> Setting:
-    return make_setting(prepare(experiment(), PROVENANCE), "iid", 0)
+def small(rounds: int = 3) -> Setting:
+    return make_setting(prepare(experiment(rounds=rounds), PROVENANCE), "iid", 0)
 
 
 def random_scores(seed: int) -> np.ndarray:
@@ -134,18 +134,24 @@ def test_devices_alike_with_shared_scores_keep_the_same_groups() -> None:
     assert renewed(unscored, devices, groups, 1.0, 0.3, layered) is unscored
 
 
-def test_a_nesting_client_trains_its_mask_or_that_of_a_smaller_device() -> None:
-    setting = small()
+def test_a_nesting_client_trains_the_part_of_its_mask_that_the_smallest_device_has_and_less_and_less_often() -> None:
+    setting = small(rounds=60)
     memory = first_memory(setting, METHODS["cahfp"])
-    seen: dict[int, set[bytes]] = {0: set(), 4: set()}
-    for number in range(40):
-        for client in seen:
+    smallest, shares = memory.masks[4], []
+    for client in (0, 2):
+        nested_in = []
+        for number in range(60):
             situation = situation_of(setting, number, {}, memory)
-            seen[client].add(trained_mask(situation, setting, METHODS["cahfp"], client).tobytes())
+            mask = trained_mask(situation, setting, METHODS["cahfp"], client)
+            nested_in.append((mask == smallest).all())
+            assert nested_in[-1] or (mask == memory.masks[client]).all()
             plain = trained_mask(situation, setting, METHODS["cahfp-apart"], client)
             assert (plain == memory.masks[client]).all()
-    assert seen[0] == {memory.masks[client].tobytes() for client in (0, 2, 4)}
-    assert seen[4] == {memory.masks[4].tobytes()}
+        assert nested_in[0]
+        shares += [sum(nested_in[:20]), sum(nested_in[20:40]), sum(nested_in[40:])]
+    early, middle, late = (shares[third] + shares[third + 3] for third in range(3))
+    assert early > middle > late > 0
+    assert (trained_mask(situation_of(setting, 0, {}, memory), setting, METHODS["cahfp"], 4) == smallest).all()
 
 
 def test_clients_score_only_in_every_so_many_rounds(tmp_path: Path) -> None:

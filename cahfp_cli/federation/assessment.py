@@ -119,7 +119,7 @@ def tuned_copy(setting: Setting, submodel: nn.Module, number: int, client: int) 
     experiment, copy = setting.experiment, clone(submodel)
     lr = experiment.evaluation.tuning_lr or experiment.train.lr
     options = train_options(setting, lr, derived(Purpose.DEPLOYMENT, setting.seed, number, client))
-    train(copy, setting.data_of(client), replace(options, epochs=1, steps=None), CPU)
+    train(copy, setting.data_of(client), replace(options, epochs=1, steps=None, balanced=False), CPU)
     return copy
 
 

@@ -52,8 +52,9 @@ class DeviceEntry(Record):
 class Training(Record):
     """A client's own SGD in a round: `epochs` over its data, or exactly `steps` steps instead.
 
-    schedule: of the learning rate over the rounds, `lr` in all of them (constant), or falling from `lr` in the first to
-    nearly nothing in the last (cosine).
+    balanced: whether what a client learns shall not depend on how often it has each class, see `TrainOptions`; in the
+    local epoch after deployment it does. schedule: of the learning rate over the rounds, `lr` in all of them
+    (constant), or falling from `lr` in the first to nearly nothing in the last (cosine).
     """
 
     epochs: Whole = 1
@@ -63,6 +64,7 @@ class Training(Record):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     schedule: Literal["constant", "cosine"] = "constant"
+    balanced: Annotated[bool, Field(strict=True)] = False
 
 
 class SelectionTable(Record):

@@ -177,6 +177,7 @@ def train_options(setting: Setting, lr: float, seed: int) -> TrainOptions:
         momentum=how.momentum,
         weight_decay=how.weight_decay,
         schedule="constant",
+        balanced=how.balanced,
         seed=seed,
     )
 

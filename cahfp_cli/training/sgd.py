@@ -30,7 +30,9 @@ class TrainOptions:
     epochs: passes over the data. steps: if given, exactly so many optimiser steps instead, however many passes they
     take. lr: peak learning rate. momentum: Nesterov's; 0 is plain SGD. weight_decay: on weights of two axes and more,
     so not on biases and norms. schedule: cosine to zero over all steps, or constant. augment: shift images of 16
-    pixels and up. grad_clip: largest gradient norm, None for no limit.
+    pixels and up. grad_clip: largest gradient norm, None for no limit. balanced: in the loss each logit is shifted by
+    the log of its class's share of the data, (samples + 1) / (all samples + classes), so that what is learnt does not
+    depend on how often the classes are there (balanced softmax, Ren et al. 2020; Menon et al. 2021, section 4.2).
     """
 
     epochs: int = 10
@@ -44,6 +46,7 @@ class TrainOptions:
     augment: bool = False
     seed: int = 0
     grad_clip: float | None = None
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def train(
     results: list[Epoch] = []
     with repeatable(options.seed, device):
         model.to(device).train()
-        run = start(model, options, device, total)
+        run = start(model, dataset, options, device, total)
         for epoch in range(epochs):
             samples = islice(epoch_batches(dataset, options, epoch), min(per_epoch, total - epoch * per_epoch))
             results.append(run_epoch(run, samples, dataset.classes, epoch))
@@ -120,9 +123,16 @@ class Run:
     schedule: torch.optim.lr_scheduler.LambdaLR
     options: TrainOptions
     device: torch.device
+    shift: torch.Tensor
 
 
-def start(model: nn.Module, options: TrainOptions, device: torch.device, total: int) -> Run:
+def log_shares(dataset: Dataset) -> torch.Tensor:
+    """Of each class in the data, with a sample more of each than there is; float32 (classes,)."""
+    counts = torch.from_numpy(np.bincount(dataset.y, minlength=dataset.classes)).float() + 1
+    return (counts / counts.sum()).log()
+
+
+def start(model: nn.Module, dataset: Dataset, options: TrainOptions, device: torch.device, total: int) -> Run:
     """A run of `total` steps; weights of two axes and more decay. Raises: InputError: nothing to train."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -136,7 +146,9 @@ def start(model: nn.Module, options: TrainOptions, device: torch.device, total: 
     def factor(step: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * step / total)) if options.schedule == "cosine" else 1.0
 
-    return Run(model, optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor), options, device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    shift = log_shares(dataset) if options.balanced else torch.zeros(dataset.classes)
+    return Run(model, optimiser, schedule, options, device, shift.to(device))
 
 
 def run_epoch(run: Run, samples: Iterable[tuple[Samples, Labels]], classes: int, epoch: int) -> Epoch:
@@ -145,7 +157,8 @@ def run_epoch(run: Run, samples: Iterable[tuple[Samples, Labels]], classes: int,
     for step, (x, y) in enumerate(samples):
         labels = torch.from_numpy(y).to(run.device)
         logits = class_logits(run.model, x, classes, run.device)
-        loss = F.cross_entropy(logits, labels, label_smoothing=run.options.label_smoothing)
+        shifted = logits[:, :classes] + run.shift if run.options.balanced else logits
+        loss = F.cross_entropy(shifted, labels, label_smoothing=run.options.label_smoothing)
         value = loss.item()
         if not math.isfinite(value):
             raise InputError(

@@ -98,6 +98,23 @@ def digest_after(options: TrainOptions, data: Dataset) -> str:
     return digest(model)
 
 
+def test_a_balanced_step_goes_down_the_cross_entropy_of_logits_shifted_by_log_class_shares(digits: Dataset) -> None:
+    order = np.argsort(digits.y, kind="stable")  # zeros, some ones, and no other class
+    few = make_dataset(digits.x[order[:64]], digits.y[order[:64]], "few", digits.classes)
+    counts = np.bincount(few.y, minlength=10)
+    mixed = make_dataset(digits.x[:200], digits.y[:200], "mixed", digits.classes)
+    for data, shares in ((few, (counts + 1) / 74), (mixed, (np.bincount(mixed.y, minlength=10) + 1) / 210)):
+        options = replace(BRIEF, steps=1, batch_size=len(data), momentum=0.0, weight_decay=0.0, balanced=True)
+        trained, other = small(), small().train()
+        train(trained, data, replace(options, schedule="constant"), CPU)
+        loss = nn.functional.cross_entropy(
+            other(torch.from_numpy(data.x)) + torch.from_numpy(np.log(shares)).float(), torch.from_numpy(data.y)
+        )
+        loss.backward()
+        for own, reference in zip(trained.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(own, reference - options.lr * reference.grad, atol=1e-5)
+
+
 def test_shifts_move_images_and_bring_in_zeros() -> None:
     x = np.random.default_rng(0).random((40, 2, 16, 24), np.float32) + 1
     moved = shifted(x, np.random.default_rng(1))

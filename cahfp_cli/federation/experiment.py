@@ -72,9 +72,8 @@ class SelectionTable(Record):
 
     criterion: of CA-HFP. samples: of a client's own that it scores on. rescore_every: rounds that scores and masks
     stay. score_mix: 0 for a client's own scores, 1 for the mean over all clients. decay: what a new score leaves of
-    the moving average. churn: share of a layer's kept groups that one new mask may exchange. beginning: share of the
-    rounds in which, at first, all clients train only the part of their masks that the smallest device has. nesting: how
-    often a client does so later.
+    the moving average. churn: share of a layer's kept groups that one new mask may exchange. nesting: how often a
+    client trains only the part of its mask that the smallest device has.
     """
 
     criterion: str = "gate-ggn"
@@ -83,7 +82,6 @@ class SelectionTable(Record):
     score_mix: UnitInterval = 1.0
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
     churn: UnitInterval = 0.1
-    beginning: UnitInterval = 1 / 3
     nesting: UnitInterval = 0.5
 
 

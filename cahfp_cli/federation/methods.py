@@ -22,7 +22,7 @@ class Method:
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
     do. mix: instead of the experiment's `score_mix`. widths: how wide scored masks are in each layer. nesting: whether
-    clients train parts of their masks, see the experiment's `beginning` and `nesting`. insulated: whether
+    clients train parts of their masks at times, see the experiment's `nesting`. insulated: whether
     a start from random weights is changed as `insulation` says. strong_only: only devices that hold the
     whole network take part. network: what of the global checkpoint is the method's global network.
     """

@@ -228,12 +228,11 @@ def with_scores(
 
 
 def trained_mask(situation: Situation, setting: Setting, method: Method, client: int) -> Mask:
-    """What a client trains this round: its mask, or in the first rounds always and later at times the part of it that
-    the smallest device has, so that small submodels are trained by everybody."""
-    own, table = method.choose(situation, client), setting.experiment.selection
+    """What a client trains this round: its mask, or at times the part of it that the smallest device has, so that the
+    smallest submodel is trained by everybody."""
+    own = method.choose(situation, client)
     random = np.random.default_rng(derived(Purpose.SELECTION, situation.seed, situation.number, client))
-    beginning = situation.number < table.beginning * setting.experiment.rounds
-    if not method.nesting or random.random() >= (1.0 if beginning else table.nesting):
+    if not method.nesting or random.random() >= setting.experiment.selection.nesting:
         return own
     masks, family = situation.memory.masks, situation.groups.family
     sizes = masks.sum(axis=1)

@@ -21,8 +21,8 @@ DATA = {"train": "digits@train[0:300]", "test": "digits@test[0:100]"}
 
 
 @cache
-def small(rounds: int = 3) -> Setting:
-    return make_setting(prepare(experiment(rounds=rounds), PROVENANCE), "iid", 0)
+def small() -> Setting:
+    return make_setting(prepare(experiment(), PROVENANCE), "iid", 0)
 
 
 def random_scores(seed: int) -> np.ndarray:
@@ -134,8 +134,8 @@ def test_devices_alike_with_shared_scores_keep_the_same_groups() -> None:
     assert renewed(unscored, devices, groups, 1.0, 0.3, layered) is unscored
 
 
-def test_a_nesting_client_trains_what_the_smallest_device_has_always_at_first_and_half_of_the_time_later() -> None:
-    setting = small(rounds=60)
+def test_a_nesting_client_trains_half_of_the_time_what_the_smallest_device_has() -> None:
+    setting = small()
     memory = first_memory(setting, METHODS["cahfp"])
     smallest, nested_in = memory.masks[4], []
     for client in (0, 2):
@@ -143,11 +143,11 @@ def test_a_nesting_client_trains_what_the_smallest_device_has_always_at_first_an
             situation = situation_of(setting, number, {}, memory)
             mask = trained_mask(situation, setting, METHODS["cahfp"], client)
             nested_in.append((mask == smallest).all())
-            assert nested_in[-1] or (number >= 20 and (mask == memory.masks[client]).all())
+            assert nested_in[-1] or (mask == memory.masks[client]).all()
             plain = trained_mask(situation, setting, METHODS["cahfp-apart"], client)
             assert (plain == memory.masks[client]).all()
-    assert 20 < sum(nested_in) - 40 < 60  # of 80 later choices, half
-    assert (trained_mask(situation_of(setting, 59, {}, memory), setting, METHODS["cahfp"], 4) == smallest).all()
+    assert 40 < sum(nested_in) < 80
+    assert (trained_mask(situation_of(setting, 0, {}, memory), setting, METHODS["cahfp"], 4) == smallest).all()
 
 
 def test_clients_score_only_in_every_so_many_rounds(tmp_path: Path) -> None:

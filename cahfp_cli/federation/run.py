@@ -24,7 +24,7 @@ from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.insulation import insulated
 from cahfp_cli.federation.memory import Memory
 from cahfp_cli.federation.methods import METHODS, Method
-from cahfp_cli.federation.rounds import first_memory, load_global, run_round
+from cahfp_cli.federation.rounds import first_memory, load_global, run_round, situation_of
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.models.checkpoint_io import save_checkpoint
 
@@ -96,7 +96,10 @@ def write_first(setting: Setting, method: Method, start: Path, target: Path, mem
         shutil.copyfile(start, target)
         return
     common = setting.common
-    arrays = insulated(load_global(setting, start), common.analysis.groups, memory.masks)
+    arrays = load_global(setting, start)
+    situation = situation_of(setting, 0, arrays, memory)
+    masks = np.stack([method.choose(situation, client) for client in range(len(common.devices))])
+    arrays = insulated(arrays, common.analysis.groups, masks)
     with atomic_file(target, force=True) as temporary:
         save_arrays(temporary, arrays, dump_metadata(common.metadata()))
 

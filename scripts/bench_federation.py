@@ -4,10 +4,11 @@
 
 How to read the output: one table a partition, one row a method, mean and standard deviation over seeds after the last
 round. `global` is the global network with renewed statistics of norms, `deployed` the mean over devices of the
-submodels cut for them, `own` the same on classes as each device has them, `tuned` that after one local epoch. Bars: CA-HFP's deployed accuracy above that of every other
-method by more than both spreads; its global one above HeteroFL's and FedRolex's likewise, and at dirichlet(0.5) within
-2 points of FedAvg's with less than half of its bytes. With --quick (fewer images, rounds, methods, one partition, one
-seed: under 6 minutes on two cores) spreads are 0. The last line is JSON: each figure, the bar beside it, and `holds`.
+submodels cut for them, `own` the same on classes as each device has them, `tuned` that after one local epoch. Bars:
+CA-HFP's deployed accuracy above that of every other method by more than both spreads; its global one above HeteroFL's
+and FedRolex's likewise, and at dirichlet(0.5) within 2 points of FedAvg's with less than half of its bytes. With
+--quick (fewer images, rounds, methods, one partition, one seed: under 6 minutes on two cores) spreads are 0. The last
+line is JSON: each figure, the bar beside it, and `holds`, which is null where nothing has a bar.
 """
 
 import argparse

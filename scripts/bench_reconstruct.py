@@ -6,11 +6,12 @@ gathered. Then the candidates take turns, each time in a fresh process, and the 
 
     raw             reads global and clients and writes as many bytes as the output has, in blocks of 1 MB: the floor
     ours            `merge.reconstruct`, with the allocator set as by the command
+    ours, 2 threads the same with `threads=2`
     ours, command   `cahfp reconstruct`, start and imports included, and its whole memory
     torch           safetensors.torch.load_file of everything, index_select and index_add in float32, save_file
     sha256          hashing the bytes of global, clients and output once each, from memory: a part of `ours`
 
-CPU is user + system time of the work after imports, on one thread; RSS is the highest resident memory during the work
+CPU is user + system time of the work after imports, on one thread unless said otherwise; RSS is the highest resident memory during the work
 beyond what was resident before it. Only bytes in the page cache are read: the files were just written.
 
 Then, with smaller files, 64 clients against 8 of the same size (8 distinct ones, hard links for the rest) and against a
@@ -234,7 +235,7 @@ def task_raw(checkpoint: str, folders: list[str], output: str) -> Callable[[], N
     return work
 
 
-def task_ours(checkpoint: str, folders: list[str], output: str) -> Callable[[], None]:
+def task_ours(checkpoint: str, folders: list[str], output: str, threads: int = 1) -> Callable[[], None]:
     from cahfp_cli.checkpoint.metadata import Provenance
     from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.reconstruction.merge import reconstruct
@@ -243,8 +244,9 @@ def task_ours(checkpoint: str, folders: list[str], output: str) -> Callable[[], 
     provenance = Provenance(tool="bench", command="reconstruct")
 
     def work() -> None:
+        paths = [Path(folder) for folder in folders]
         reconstruct(
-            Path(checkpoint), [Path(f) for f in folders], Path(output), rule="fill", force=True, provenance=provenance
+            Path(checkpoint), paths, Path(output), rule="fill", threads=threads, force=True, provenance=provenance
         )
 
     return work
@@ -466,6 +468,7 @@ def half_width(folder: Path, size: Size, figures: Figures) -> None:
         name: lambda name=name: measured(name, checkpoint, folders, outputs[name])  # type: ignore[misc]
         for name in ("raw", "ours", "torch", "sha256")
     }
+    candidates["ours, 2 threads"] = lambda: measured("ours", checkpoint, folders, outputs["ours"], 2)
     candidates["ours, command"] = lambda: measured_command(checkpoint, folders, outputs["command"])
     spent = in_turns(candidates, size.runs)
     check_equal(Path(outputs["ours"]), Path(outputs["torch"]))
@@ -479,6 +482,7 @@ def half_width(folder: Path, size: Size, figures: Figures) -> None:
     figure(figures, "cpu_of_raw_without_sha256", (spent["ours"].cpu - spent["sha256"].cpu) / spent["raw"].cpu)
     figure(figures, "torch_cpu_of_ours", spent["torch"].cpu / spent["ours"].cpu, least=TORCH_BAR)
     figure(figures, "rss_growth_of_largest_tensor", spent["ours"].rss / largest, most=RSS_BAR)
+    figure(figures, "two_threads_wall_of_one", spent["ours, 2 threads"].wall / spent["ours"].wall)
     figure(figures, "torch_rss_of_ours", spent["torch"].rss / spent["ours"].rss)
 
 

@@ -11,8 +11,9 @@ gathered. Then the candidates take turns, each time in a fresh process, and the 
     torch           safetensors.torch.load_file of everything, index_select and index_add in float32, save_file
     sha256          hashing the bytes of global, clients and output once each, from memory: a part of `ours`
 
-CPU is user + system time of the work after imports, on one thread unless said otherwise; RSS is the highest resident memory during the work
-beyond what was resident before it. Only bytes in the page cache are read: the files were just written.
+CPU is user + system time of the work after imports, on one thread unless said otherwise; RSS is the highest resident
+memory during the work beyond what was resident before it. Only bytes in the page cache are read: the files were just
+written.
 
 Then, with smaller files, 64 clients against 8 of the same size (8 distinct ones, hard links for the rest) and against a
 single client that keeps one channel of each width. The last one is what the global checkpoint itself costs, which has

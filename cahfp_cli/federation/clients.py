@@ -1,6 +1,6 @@
 """What the server asks of the clients, and the clients of a simulation in one process."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
-from cahfp_cli.federation.memory import Floats
+from cahfp_cli.federation.memory import Floats, Mask, limited
+from cahfp_cli.federation.scoring import SIZED
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.significance.measure import Measuring, measure, subset
@@ -26,6 +27,14 @@ class Clients(Protocol):
         self, setting: Setting, number: int, clients: Sequence[int], criterion: str
     ) -> Iterator[tuple[int, Floats | str]]:
         """Let clients score the global network, which the setting's network is in round `number`; (groups,) each."""
+
+    def choose(
+        self, setting: Setting, number: int, masks: Mapping[int, Mask], criterion: str, widths: str
+    ) -> Iterator[tuple[int, Mask | str]]:
+        """Let clients score it and choose their own masks, (groups,) each.
+
+        Args: masks: what each of these clients keeps so far. widths: a name in `SIZED`.
+        """
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,27 @@ class LocalClients:
                 yield client, score_client(setting, number, client, criterion)
             except InputError as error:
                 yield client, first_line(error)
+
+    def choose(
+        self, setting: Setting, number: int, masks: Mapping[int, Mask], criterion: str, widths: str
+    ) -> Iterator[tuple[int, Mask | str]]:
+        for client, old in masks.items():
+            try:
+                yield client, choose_client(setting, number, client, old, criterion, widths)
+            except InputError as error:
+                yield client, first_line(error)
+
+
+def choose_client(setting: Setting, number: int, client: int, old: Mask, criterion: str, widths: str) -> Mask:
+    """What a client does when asked for its mask, boolean (groups,): it fits its device, and exchanges at most `churn`
+    of the old one's groups; the first, of groups that nobody had scored, it exchanges as it likes.
+
+    Raises: InputError: a score is not finite.
+    """
+    significance = score_client(setting, number, client, criterion)
+    groups, device, table = setting.common.analysis.groups, setting.common.devices[client], setting.experiment.selection
+    wanted = SIZED[widths](significance, groups, device.cost, device.budget)
+    return limited(old, wanted, significance, groups.family, table.churn if number else 1.0)
 
 
 def score_client(setting: Setting, number: int, client: int, criterion: str) -> Floats:

@@ -70,12 +70,14 @@ class Training(Record):
 class SelectionTable(Record):
     """How scored masks are chosen and how they change.
 
-    criterion: of CA-HFP. samples: of a client's own that it scores on. rescore_every: rounds that scores and masks
-    stay. score_mix: 0 for a client's own scores, 1 for the mean over all clients. decay: what a new score leaves of
-    the moving average. churn: share of a layer's kept groups that one new mask may exchange. nesting: how often a
-    client trains only the part of its mask that the smallest device has.
+    by: who chooses them: the server, from the scores that clients send, or each client, from its own scores, which then
+    do not leave it. criterion: of CA-HFP. samples: of a client's own that it scores on. rescore_every: rounds that
+    scores and masks stay. score_mix: of the server, 0 for a client's own scores, 1 for the mean over all clients.
+    decay: what a new score leaves of the moving average. churn: share of a layer's kept groups that one new mask may
+    exchange. nesting: how often a client trains only the part of its mask that the smallest device has.
     """
 
+    by: Literal["server", "client"] = "server"
     criterion: str = "gate-ggn"
     samples: Whole = 64
     rescore_every: Whole = 5

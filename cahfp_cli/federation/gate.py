@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 
 from cahfp_cli.checkpoint.dtypes import FLOATS, Array, dtype_code
+from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.federation.client import Reply
-from cahfp_cli.federation.memory import Floats
+from cahfp_cli.federation.devices import Device
+from cahfp_cli.federation.memory import Floats, Mask
 from cahfp_cli.pruning.index_map import IndexMap, last_name
+from cahfp_cli.pruning.target import target_of
 from cahfp_cli.reconstruction.gate import VARIANCE
 
 MOST_EXAMPLES = 10**9
@@ -63,3 +66,15 @@ def checked_scores(significance: Floats, groups: int) -> Floats | None:
         return None
     middle = float(np.median(significance))
     return np.minimum(significance, MOST_SIGNIFICANCE * middle) if middle > 0 else significance
+
+
+def fault_of_mask(mask: Mask, groups: ChannelGroups, device: Device) -> str | None:
+    """Why a mask that a client chose is not one that its device may have; None for a sound one."""
+    if mask.shape != (groups.count,) or mask.dtype != np.bool_:
+        return f"its mask is {mask.dtype} {list(mask.shape)}, not one bit for each of {groups.count} groups"
+    widths, target = groups.widths(mask), target_of(device.budget, device.cost, groups.narrowest)
+    if (widths < target.least).any() or (widths > target.most).any():
+        return "its mask has a layer that is narrower or wider than its device may have"
+    if not target.limits.fit(device.cost.cost(widths)).all():
+        return "its mask is larger than its device's budget"
+    return None

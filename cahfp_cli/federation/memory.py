@@ -47,6 +47,10 @@ class Memory:
             scored=_with_row(self.scored, client, np.int64(number)),
         )
 
+    def with_mask(self, client: int, mask: Mask) -> "Memory":
+        """A client's new mask, (groups,)."""
+        return replace(self, masks=_with_row(self.masks, client, mask))
+
     def significance(self, client: int, mix: float) -> Floats | None:
         """`mix` of the mean over all clients that have scored and the rest of the client's own (of the mean, where it
         has none); None before anybody has scored."""

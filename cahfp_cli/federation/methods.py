@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cahfp_cli.federation import selections
-from cahfp_cli.federation.scoring import Sized, even, layered
 from cahfp_cli.federation.selections import Choose, remembered
 
 Scoring = Literal["none", "experiment", "gate-taylor"]
@@ -21,10 +20,10 @@ class Method:
 
     rule: an aggregation rule instead of the experiment's. scaler: activations of a narrowed layer are divided by its
     share of the width in training (Diao et al. 2021, section 3.2). scoring: by which criterion clients score, if they
-    do. mix: instead of the experiment's `score_mix`. widths: how wide scored masks are in each layer. nesting: whether
-    clients train parts of their masks at times, see the experiment's `nesting`. insulated: whether
-    a start from random weights is changed as `insulation` says. strong_only: only devices that hold the
-    whole network take part. network: what of the global checkpoint is the method's global network.
+    do. mix: instead of the experiment's `score_mix`. widths: how wide scored masks are in each layer, a name in
+    `scoring.SIZED`. nesting: whether clients train parts of their masks at times, see the experiment's `nesting`.
+    insulated: whether a start from random weights is changed as `insulation` says. strong_only: only devices that hold
+    the whole network take part. network: what of the global checkpoint is the method's global network.
     """
 
     choose: Choose
@@ -33,7 +32,7 @@ class Method:
     scaler: bool = False
     scoring: Scoring = "none"
     mix: float | None = None
-    widths: Sized = even
+    widths: Literal["even", "layered"] = "even"
     nesting: bool = False
     insulated: bool = False
     strong_only: bool = False
@@ -60,7 +59,7 @@ METHODS: dict[str, Method] = {
     "cahfp-covered": replace(CAHFP, rule="covered"),
     "cahfp-apart": replace(CAHFP, nesting=False),
     "cahfp-felt": replace(CAHFP, insulated=False),
-    "cahfp-layers": replace(CAHFP, widths=layered),
+    "cahfp-layers": replace(CAHFP, widths="layered"),
     "cahfp-unscored": replace(CAHFP, scoring="none"),
     "heterofl-insulated": Method(selections.prefix, selections.prefix, scaler=True, insulated=True),
 }

@@ -21,11 +21,11 @@ from cahfp_cli.federation.client import Task, rates_of, samples_seen
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.experiment import Experiment
-from cahfp_cli.federation.gate import checked_scores, fault_of
+from cahfp_cli.federation.gate import checked_scores, fault_of, fault_of_mask
 from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.merging import Merger
 from cahfp_cli.federation.methods import Method
-from cahfp_cli.federation.scoring import level, nested, renewed
+from cahfp_cli.federation.scoring import SIZED, level, nested, renewed
 from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
@@ -193,7 +193,7 @@ def first_memory(setting: Setting, method: Method) -> Memory:
     """The memory of a method before the first round: no scores, and masks as of groups that are all worth the same."""
     groups = setting.common.analysis.groups
     worth = level(groups)
-    masks = {id(one): method.widths(worth, groups, one.cost, one.budget) for one in setting.common.devices}
+    masks = {id(one): SIZED[method.widths](worth, groups, one.cost, one.budget) for one in setting.common.devices}
     return Memory.new(np.stack([masks[id(one)] for one in setting.common.devices]))
 
 
@@ -201,7 +201,7 @@ def with_scores(
     setting: Setting, method: Method, number: int, clients: list[int], memory: Memory, fleet: Clients
 ) -> tuple[Memory, int, float]:
     """Every `rescore_every` rounds let the clients of the round score the global network on their own data, and renew
-    all masks.
+    all masks; or let them choose their own, of which an unsound one is as if it had not come.
 
     An untrained network is not scored: its curvature ranks nothing. Returns the memory, bytes sent, operations: of a
     forward pass and one backward pass a class, which computes no gradients of weights and so counts as a forward pass.
@@ -211,10 +211,20 @@ def with_scores(
     if method.scoring == "none" or number % table.rescore_every or (cold and number == 0):
         return memory, uploaded, flops
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
-    for client, found in fleet.score(setting, number, clients, criterion.name):
+    for client in clients:
         samples = min(table.samples, len(setting.shares[client]))
         macs = float(common.devices[client].cost.full.macs)
         flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * samples * (criterion.needs == "gates")
+    if table.by == "client":
+        masks = {client: memory.masks[client] for client in clients}
+        for client, mask in fleet.choose(setting, number, masks, criterion.name, method.widths):
+            if isinstance(mask, str):
+                continue
+            uploaded += math.ceil(mask.size / 8)
+            if fault_of_mask(mask, common.analysis.groups, common.devices[client]) is None:
+                memory = memory.with_mask(client, mask)
+        return memory, uploaded, flops
+    for client, found in fleet.score(setting, number, clients, criterion.name):
         if isinstance(found, str):
             continue
         uploaded += SCORE_BYTES * len(found)
@@ -223,7 +233,7 @@ def with_scores(
             memory = memory.with_score(client, sound, number, table.decay)
     mix = table.score_mix if method.mix is None else method.mix
     churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
-    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, method.widths)
+    memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, SIZED[method.widths])
     return memory, uploaded, flops
 
 

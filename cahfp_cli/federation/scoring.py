@@ -52,6 +52,9 @@ def even(significance: Floats, groups: ChannelGroups, cost: CostModel, budget: B
     return select(significance, groups.family, cost, budget, groups.narrowest).kept
 
 
+SIZED: dict[str, Sized] = {"even": even, "layered": layered}
+
+
 def renewed(
     memory: Memory, devices: tuple[Device, ...], groups: ChannelGroups, mix: float, churn: float, choose: Sized
 ) -> Memory:

@@ -18,7 +18,7 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.federation.client import Reply, Task, train_client
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.flower.client import make_client_app
-from cahfp_cli.federation.flower.protocol import ARRAYS, CLIENT, EXAMPLES, LOSS, METRICS, PLAN, Plan, read_plan
+from cahfp_cli.federation.flower.protocol import ARRAYS, CLIENT, EXAMPLES, LOSS, MASK, METRICS, PLAN, Plan, read_plan
 from cahfp_cli.federation.flower.server import FlowerClients
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.simulation import Run, simulate
@@ -51,6 +51,44 @@ def test_three_rounds_over_flower_equal_those_in_one_process(tmp_path: Path) -> 
     kinds = [message.metadata.message_type for _, message in grid.messages]
     assert kinds.count("query.hello") == 6 and kinds.count("query.score") == 6
     assert kinds.count("train.submodel") == 2 * 3 * 6
+
+
+def test_masks_that_clients_choose_are_the_same_over_flower(tmp_path: Path) -> None:
+    table = {"by": "client", "rescore_every": 1, "samples": 16}
+    asked = experiment(methods=["cahfp", "cahfp-layers"], clients_per_round=6, selection=table)
+    local = simulate(asked, tmp_path / "local", PROVENANCE)
+    flower, grid = over_flower(asked, tmp_path / "flower")
+    assert finals(tmp_path / "flower") == finals(tmp_path / "local")
+    assert without_seconds(flower) == without_seconds(local)
+    kinds = [message.metadata.message_type for _, message in grid.messages]
+    assert kinds.count("query.choose") == 2 * 2 * 6 and kinds.count("query.score") == 0
+
+
+def test_chosen_masks_that_cannot_be_read_leave_no_trace(tmp_path: Path) -> None:
+    table = {"by": "client", "rescore_every": 1, "samples": 16}
+    asked = experiment(rounds=2, clients_per_round=6, selection=table)
+
+    def masks(change: Callable[[Message], Message | None]) -> Change:
+        return lambda client, reply: (
+            change(reply) if client == 0 and reply.metadata.message_type == "query.choose" else reply
+        )
+
+    def as_sent(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Message | None]:
+        return spoiled(lambda content: content.update({ARRAYS: packed({MASK: change(mask_in(content))})}))
+
+    def mask_in(content: RecordDict) -> np.ndarray:
+        return unpacked(content[ARRAYS], 10**9)[MASK]
+
+    over_flower(asked, tmp_path / "none", masks(lambda reply: None))
+    for name, change in {
+        "short": as_sent(lambda mask: mask[1:]),
+        "long": as_sent(lambda mask: np.concatenate([mask, mask])),
+        "empty layers": as_sent(lambda mask: mask * 0),
+        "no tensors": spoiled(pop(ARRAYS)),
+        "error": lambda reply: failed(reply, Error(2)),
+    }.items():
+        over_flower(asked, tmp_path / name, masks(change))
+        assert finals(tmp_path / name) == finals(tmp_path / "none"), name
 
 
 def test_a_message_holds_the_submodel_and_little_else(tmp_path: Path) -> None:

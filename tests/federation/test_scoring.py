@@ -1,7 +1,7 @@
 """Masks chosen by scores: they fit, devices alike agree, and parts of masks lie inside them."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.federation.clients import LocalClients
+from cahfp_cli.federation.gate import fault_of_mask
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.rounds import first_memory, situation_of, trained_mask
 from cahfp_cli.federation.scoring import diminishing, even, layered, level, nested, renewed
@@ -148,6 +150,72 @@ def test_a_nesting_client_trains_half_of_the_time_what_the_smallest_device_has()
             assert (plain == memory.masks[client]).all()
     assert 40 < sum(nested_in) < 80
     assert (trained_mask(situation_of(setting, 0, {}, memory), setting, METHODS["cahfp"], 4) == smallest).all()
+
+
+BY_CLIENT = {"by": "client", "rescore_every": 1, "samples": 16}
+
+
+def test_clients_choose_masks_that_fit_from_scores_that_stay_with_them(tmp_path: Path) -> None:
+    sent: list[tuple[int, np.ndarray, np.ndarray | str]] = []
+
+    class Watched(LocalClients):
+        def score(
+            self, setting: Setting, number: int, clients: Sequence[int], criterion: str
+        ) -> Iterator[tuple[int, np.ndarray | str]]:
+            raise AssertionError("no scores are to be sent")
+
+        def choose(
+            self, setting: Setting, number: int, masks: Mapping[int, np.ndarray], criterion: str, widths: str
+        ) -> Iterator[tuple[int, np.ndarray | str]]:
+            for client, mask in super().choose(setting, number, masks, criterion, widths):
+                sent.append((client, masks[client], mask))
+                yield client, mask
+
+    asked = experiment(rounds=4, selection={**BY_CLIENT, "churn": 0.2})
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, fleet=Watched())
+    setting = small()
+    devices, groups = setting.common.devices, setting.common.analysis.groups
+    assert len(sent) == 3 * 4 and all(row["failed"] is None for row in run.rows)
+    changed = 0
+    for client, old, mask in sent:
+        assert fault_of_mask(mask, groups, devices[client]) is None
+        entering = np.bincount(groups.family[mask & ~old], minlength=len(groups.names))
+        assert (entering <= 0.2 * groups.widths(mask)).all()
+        changed += int(entering.sum())
+    assert changed > 0
+    assert (
+        len({mask.tobytes() for client, _, mask in sent if client in (2, 3)}) > 1
+    )  # devices alike choose for themselves
+
+
+def test_a_mask_that_its_device_may_not_have_is_as_if_it_had_not_come(tmp_path: Path) -> None:
+    setting = small()
+    devices, groups = setting.common.devices, setting.common.analysis.groups
+    sound = first_memory(setting, METHODS["cahfp"]).masks[5]
+    assert fault_of_mask(sound, groups, devices[5]) is None
+    bad = {
+        "all": np.ones_like(sound),
+        "none": np.zeros_like(sound),
+        "short": sound[1:],
+        "numbers": sound.astype(np.int64),
+        "square": np.stack([sound, sound]),
+    }
+    digests = set()
+    for name, mask in {"silent": None, **bad}.items():
+        assert mask is None or fault_of_mask(mask, groups, devices[5]) is not None
+
+        class Choosing(LocalClients):
+            def choose(
+                self, setting: Setting, number: int, masks: Mapping[int, np.ndarray], criterion: str, widths: str
+            ) -> Iterator[tuple[int, np.ndarray | str]]:
+                for client, found in super().choose(setting, number, masks, criterion, widths):
+                    yield client, found if client != 5 else "silent" if mask is None else mask  # noqa: B023
+
+        asked = experiment(rounds=2, clients_per_round=6, selection=BY_CLIENT)
+        simulate(asked, tmp_path / name, PROVENANCE, fleet=Choosing())
+        (final,) = (tmp_path / name).rglob("final.safetensors")
+        digests.add(content_digest(final))
+    assert len(digests) == 1
 
 
 def test_clients_score_only_in_every_so_many_rounds(tmp_path: Path) -> None:

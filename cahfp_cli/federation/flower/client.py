@@ -16,15 +16,17 @@ from cahfp_cli.checkpoint.dtypes import DTYPES, Array
 from cahfp_cli.checkpoint.metadata import Provenance
 from cahfp_cli.errors import CahfpError, InputError, first_line
 from cahfp_cli.federation.client import Task, train_client
-from cahfp_cli.federation.clients import score_client
+from cahfp_cli.federation.clients import choose_client, score_client
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.flower.protocol import (
     ARRAYS,
+    CHOOSE,
     CLIENT,
     EXAMPLES,
     HELLO,
     ID,
     LOSS,
+    MASK,
     METRICS,
     PLAN,
     SCORE,
@@ -71,6 +73,7 @@ def make_client_app(experiment: Callable[[Context], str], threads: int | None = 
     app.query(HELLO)(hello)
     app.train(TRAIN)(answering(answer_train))
     app.query(SCORE)(answering(answer_score))
+    app.query(CHOOSE)(answering(answer_choose))
     return app
 
 
@@ -117,6 +120,13 @@ def answer_score(setting: Setting, plan: Plan, content: RecordDict) -> RecordDic
     load(network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
     found = score_client(setting, plan.number, plan.client, plan.criterion).astype(np.float32)
     return RecordDict({ARRAYS: packed({SIGNIFICANCE: found})})
+
+
+def answer_choose(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
+    load(setting.common.network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
+    old = mask_of(plan.mask, setting.common.analysis.groups.count)
+    found = choose_client(setting, plan.number, plan.client, old, plan.criterion, plan.widths)
+    return RecordDict({ARRAYS: packed({MASK: np.packbits(found)})})
 
 
 def load(network: nn.Module, arrays: dict[str, Array]) -> None:

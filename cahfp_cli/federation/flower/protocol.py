@@ -3,6 +3,7 @@
 hello: who are you? A node answers with the number of its client.
 train: a *plan* and the submodel's tensors; the answer has tensors of the same shapes, the number of samples, the loss.
 score: a plan and the global network's tensors; the answer has one significance a channel group.
+choose: the same; the answer has the mask that the client chose.
 An answer repeats the id of its plan, so that none can pass for that of another round.
 """
 
@@ -16,19 +17,19 @@ from flwr.app import ConfigRecord
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.memory import Mask
 
-HELLO, TRAIN, SCORE = "hello", "submodel", "score"
+HELLO, TRAIN, SCORE, CHOOSE = "hello", "submodel", "score", "choose"
 """Actions; with Flower's category in front they are types of messages, such as `train.submodel`."""
 PLAN, ARRAYS, METRICS = "plan", "arrays", "metrics"
 """Records of a message."""
-CLIENT, EXAMPLES, LOSS, SIGNIFICANCE, ID = "client", "num_examples", "loss", "significance", "id"
+CLIENT, EXAMPLES, LOSS, SIGNIFICANCE, MASK, ID = "client", "num_examples", "loss", "significance", "mask", "id"
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a client is to do in round `number`: which of its data and random streams to use (partition, seed), and
 
-    mask: to train, the channel groups of its submodel, eight to a byte. scaler: see `Task`.
-    criterion: to score, by which.
+    mask: to train, the channel groups of its submodel, eight to a byte; to choose, those it had. scaler: see `Task`.
+    criterion: to score, by which. widths: to choose, a name in `scoring.SIZED`.
     """
 
     partition: str
@@ -39,6 +40,7 @@ class Plan:
     mask: bytes = b""
     scaler: bool = False
     criterion: str = ""
+    widths: str = ""
 
     @property
     def id(self) -> str:

@@ -16,11 +16,13 @@ from cahfp_cli.errors import first_line
 from cahfp_cli.federation.client import Reply, Task
 from cahfp_cli.federation.flower.protocol import (
     ARRAYS,
+    CHOOSE,
     CLIENT,
     EXAMPLES,
     HELLO,
     ID,
     LOSS,
+    MASK,
     METRICS,
     PLAN,
     SCORE,
@@ -28,9 +30,10 @@ from cahfp_cli.federation.flower.protocol import (
     TRAIN,
     Plan,
     mask_bytes,
+    mask_of,
 )
 from cahfp_cli.federation.flower.wire import packed, unpacked
-from cahfp_cli.federation.memory import Floats
+from cahfp_cli.federation.memory import Floats, Mask
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.pruning.submodel import trained_arrays
@@ -79,6 +82,20 @@ class FlowerClients:
         most = np.dtype(np.float32).itemsize * setting.common.analysis.groups.count
         for client, answer in answers.items():
             yield client, answer if isinstance(answer, str) else read_scores(answer, most)
+
+    def choose(
+        self, setting: Setting, number: int, masks: Mapping[int, Mask], criterion: str, widths: str
+    ) -> Iterator[tuple[int, Mask | str]]:
+        if not masks:
+            return
+        network, groups = packed(state_arrays(setting.common.network)), setting.common.analysis.groups.count
+        plans = [
+            Plan(setting.partition, setting.seed, number, c, "", mask_bytes(old), criterion=criterion, widths=widths)
+            for c, old in masks.items()
+        ]
+        answers = self.ask(setting, f"query.{CHOOSE}", ((plan, question(plan, network)) for plan in plans))
+        for client, answer in answers.items():
+            yield client, answer if isinstance(answer, str) else read_mask(answer, groups)
 
     def ask(
         self, setting: Setting, kind: str, questions: Iterable[tuple[Plan, RecordDict]]
@@ -179,3 +196,11 @@ def read_scores(content: RecordDict, most: int) -> Floats | str:
         return np.asarray(unpacked(content.array_records[ARRAYS], most)[SIGNIFICANCE].astype(np.float64))
     except Exception as error:  # whatever a client sent
         return f"its scores cannot be read: {first_line(error)[:LONGEST]}"
+
+
+def read_mask(content: RecordDict, groups: int) -> Mask | str:
+    try:
+        sent = unpacked(content.array_records[ARRAYS], -(-groups // 8))[MASK]
+        return mask_of(sent.tobytes(), groups)
+    except Exception as error:  # whatever a client sent
+        return f"its mask cannot be read: {first_line(error)[:LONGEST]}"

@@ -4,6 +4,7 @@
 # Usage: scripts/federate_local.sh OUTPUT [EXPERIMENT.toml]
 #   OUTPUT      a new folder, as `cahfp simulate` writes it; OUTPUT.logs has the log of each process.
 #   EXPERIMENT  of three clients; scripts/federation_local.toml if none is given.
+# DATA=FOLDER gives the nodes data of their own, FOLDER/0.npz and so on, for an experiment with the partition on-device.
 # KILL_NODE=2 kills that client's node after the first round, UNREGISTERED=2 does not register its key, to see that the
 # rounds go on without it. PORT (default 29480) and the three after it are used; DEADLINE is in seconds (default 300).
 # Needs pip install 'cahfp[federated]', openssl and ssh-keygen. Exits 0 only if all rounds were committed.
@@ -74,7 +75,8 @@ for ((client = 0; client < clients; client++)); do
   fi
   start "node$client" flower-supernode --superlink "127.0.0.1:$port" --root-certificates "$work/ca.crt" \
     --host 127.0.0.1 --port "$((port + 1 + client))" \
-    --auth-supernode-private-key "$work/client$client" --node-config "client=$client"
+    --auth-supernode-private-key "$work/client$client" \
+    --node-config "client=$client${DATA:+ data=\"npz:$(realpath "$DATA")/$client.npz\"}"
 done
 
 started=$SECONDS

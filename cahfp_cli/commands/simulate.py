@@ -97,8 +97,8 @@ def simulate(
 def rows_of(found: Json, partition: str) -> list[list[str]]:
     """The table of one partition."""
 
-    def percent(entry: Json) -> str:
-        return f"{100 * entry['mean']:.1f} ± {100 * entry['sd']:.1f}"
+    def percent(entry: Json | None) -> str:
+        return "-" if entry is None else f"{100 * entry['mean']:.1f} ± {100 * entry['sd']:.1f}"
 
     return [
         [

@@ -15,6 +15,7 @@ from torch import nn
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import dtype_code
 from cahfp_cli.coupling.slicing import clone
+from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.bound import Part, Terms, terms
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.cutting import compact
@@ -40,28 +41,29 @@ class Assessment:
     """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
     recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut; by_device: of
     each. own, tuned: mean over devices of the submodels as cut, and after one local epoch on the device's own data,
-    where each class of the test data counts by its share of that data."""
+    where each class of the test data counts by its share of that data; None where only the devices have it."""
 
     plain: float
     recalibrated: float
     loss: float
     deployed: float
-    own: float
-    tuned: float
+    own: float | None
+    tuned: float | None
     by_device: tuple[float, ...]
 
 
 def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
     """Measure the checkpoint that round `number` gave."""
-    common = setting.common
+    common, test = setting.common, setting.common.test
+    assert test is not None
     arrays = load_global(setting, checkpoint)
     situation = situation_of(setting, number, arrays, memory)
     whole = compact(common.network, common.analysis, method.network(situation, 0))
-    plain = evaluate(whole, common.test, BATCH, CPU)
+    plain = evaluate(whole, test, BATCH, CPU)
     renew_statistics(setting, whole)
-    recalibrated = evaluate(whole, common.test, BATCH, CPU)
+    recalibrated = evaluate(whole, test, BATCH, CPU)
     cut: dict[bytes, tuple[nn.Module, Counts]] = {}
-    in_test = np.bincount(common.test.y, minlength=common.test.classes)
+    in_test = np.bincount(test.y, minlength=test.classes)
     as_cut, own, tuned = [], [], []
     for client in range(len(common.devices)):
         mask = method.deploy(situation, client)
@@ -69,20 +71,23 @@ def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memo
         if key not in cut:
             submodel = compact(common.network, common.analysis, mask)
             renew_statistics(setting, submodel)
-            cut[key] = submodel, hits_by_class(submodel, common.test, BATCH, CPU)
+            cut[key] = submodel, hits_by_class(submodel, test, BATCH, CPU)
         submodel, hits = cut[key]
-        in_training = np.bincount(setting.data_of(client).y, minlength=common.test.classes)
         as_cut.append(float(hits.sum() / in_test.sum()))
+        data = setting.data_of(client)
+        if data is None:
+            continue
+        in_training = np.bincount(data.y, minlength=test.classes)
         own.append(accuracy_on(in_training, hits, in_test))
-        after = tuned_copy(setting, submodel, number, client)
-        tuned.append(accuracy_on(in_training, hits_by_class(after, common.test, BATCH, CPU), in_test))
+        after = tuned_copy(setting, submodel, data, number, client)
+        tuned.append(accuracy_on(in_training, hits_by_class(after, test, BATCH, CPU), in_test))
     return Assessment(
         plain.accuracy,
         recalibrated.accuracy,
         recalibrated.loss,
         float(np.mean(as_cut)),
-        float(np.mean(own)),
-        float(np.mean(tuned)),
+        float(np.mean(own)) if own else None,
+        float(np.mean(tuned)) if tuned else None,
         tuple(as_cut),
     )
 
@@ -104,22 +109,23 @@ def bound_terms(setting: Setting, number: int, before: Path, after: Path, merged
     load_global(setting, after)
     new = clone(common.network)
     load_global(setting, before)
+    everyone = ((client, setting.data_of(client)) for client in range(len(common.devices)))
+    data = {client: own for client, own in everyone if own is not None}
     parts = {}
     for client, mask in merged.items():
-        steps = how.steps or how.epochs * steps_per_epoch(len(setting.shares[client]), how.batch_size)
+        steps = how.steps or how.epochs * steps_per_epoch(len(data[client]), how.batch_size)
         axes = common.analysis.groups.indices(mask)
         parts[client] = Part(compact(common.network, common.analysis, mask), axes, steps)
-    data = {client: setting.data_of(client) for client in range(len(setting.shares))}
     lr = learning_rate(setting.experiment, number)
     return terms(common.network, data, parts, new, lr, how.batch_size)
 
 
-def tuned_copy(setting: Setting, submodel: nn.Module, number: int, client: int) -> nn.Module:
+def tuned_copy(setting: Setting, submodel: nn.Module, data: Dataset, number: int, client: int) -> nn.Module:
     """A copy after one local epoch on the client's own data."""
     experiment, copy = setting.experiment, clone(submodel)
     lr = experiment.evaluation.tuning_lr or experiment.train.lr
     options = train_options(setting, lr, derived(Purpose.DEPLOYMENT, setting.seed, number, client))
-    train(copy, setting.data_of(client), replace(options, epochs=1, steps=None, balanced=False), CPU)
+    train(copy, data, replace(options, epochs=1, steps=None, balanced=False), CPU)
     return copy
 
 
@@ -139,10 +145,12 @@ def renew_statistics(setting: Setting, network: nn.Module) -> None:
         {name: TensorMap(a.shape, dtype_code(a.dtype), (None,) * a.ndim) for name, a in before.items()},
     )
     clients = []
-    for client in range(len(setting.shares)):
-        own = subset(setting.data_of(client), samples, derived(Purpose.STATISTICS, setting.seed, client))
+    for client in range(len(setting.common.devices)):
+        data = setting.data_of(client)
+        assert data is not None  # else there is a public split
+        own = subset(data, samples, derived(Purpose.STATISTICS, setting.seed, client))
         measured = clone(network)
         recalibrate(measured, own.x, size)
-        clients.append(merger.admitted(client, state_arrays(measured), len(setting.shares[client]), whole))
+        clients.append(merger.admitted(client, state_arrays(measured), len(data), whole))
     pooled = merger.merged(clients, "covered").arrays
     network.load_state_dict({name: to_tensor(array) for name, array in pooled.items()}, strict=False)

@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Task:
-    """What a client gets: the compact network, what it holds of the global one, its own data, how to train.
+    """What a client gets: the compact network, what it holds of the global one, its own data (None on a server that has
+    it not), how to train.
 
     mask: the channel groups that the network keeps, boolean (groups,). scaler: whether narrowed convolutions are scaled
     in training; rates: for each of those, by module name, its share of the full width.
@@ -31,7 +32,7 @@ class Task:
     mask: Mask
     model: nn.Module
     index_map: IndexMap
-    data: Dataset
+    data: Dataset | None
     options: TrainOptions
     scaler: bool
     rates: Mapping[str, float]
@@ -51,6 +52,7 @@ Trainer = Callable[[Task], Reply]
 
 def train_client(task: Task) -> Reply:
     """Train on the CPU. Raises: InputError: training diverged."""
+    assert task.data is not None
     with scaled(task.model, task.rates):
         report = train(task.model, task.data, task.options, CPU)
     return Reply(trained_arrays(task.model, task.index_map), len(task.data), report.epochs[-1].loss)

@@ -88,7 +88,9 @@ def score_client(setting: Setting, number: int, client: int, criterion: str) -> 
     Raises: InputError: a score is not finite.
     """
     seed = derived(Purpose.SCORING, setting.seed, number, client)
-    data = subset(setting.data_of(client), setting.experiment.selection.samples, seed)
+    own = setting.data_of(client)
+    assert own is not None
+    data = subset(own, setting.experiment.selection.samples, seed)
     how = Measuring(interactions=False, seed=seed)
     found = measure(setting.common.network, setting.common.analysis.groups, find_criterion(criterion), data, how)
     return found.significance.astype(np.float32).astype(np.float64)

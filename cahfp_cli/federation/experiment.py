@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from cahfp_cli.checkpoint.metadata import ModelSpec, Record
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.methods import METHODS
-from cahfp_cli.federation.partition import parse_partition
+from cahfp_cli.federation.partition import ON_DEVICE, parse_partition
 from cahfp_cli.reconstruction.rules import RULES
 
 Whole = Annotated[int, Field(strict=True, ge=1)]
@@ -20,16 +20,19 @@ Natural = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_CLASSES = 1_000_000
 BUDGETS = ("keep", "params", "macs")
 
 
 class Data(Record):
     """Data specs as on the command line. public: a split that the server holds, for a start from it and for statistics
-    of norms."""
+    of norms. train, classes: with the partition `on-device` there is no `train`, and `classes` is the number of classes
+    of all clients together, which no single client may know."""
 
-    train: str
+    train: str | None = None
     test: str
     public: str | None = None
+    classes: Annotated[int, Field(strict=True, ge=2, le=MOST_CLASSES)] | None = None
 
 
 class DeviceEntry(Record):
@@ -136,6 +139,11 @@ class Experiment(Record):
         """One a device."""
         return sum(entry.count for entry in self.fleet)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the clients alone have the training data."""
+        return ON_DEVICE in self.partitions
+
     @field_validator("partitions")
     @classmethod
     def _partitions_are_known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,7 +177,26 @@ class Experiment(Record):
             raise ValueError(f"quorum is {self.quorum}, more than the {self.clients_per_round} clients_per_round")
         if self.start.public_epochs and self.data.public is None:
             raise ValueError("start.public_epochs needs data.public, the split to train on")
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        if not self.on_device:
+            if self.data.train is None:
+                raise ValueError("'data.train' is missing: only clients of the partition on-device have their own data")
+            if self.data.classes is not None:
+                raise ValueError("data.classes belongs to the partition on-device; else data.train shows them")
+            return
+        if len(self.partitions) > 1:
+            raise ValueError("the partition on-device goes with no other")
+        if self.data.train is not None:
+            raise ValueError(
+                "with the partition on-device each node names its own data, so data.train must be left out"
+            )
+        if self.data.public is None or self.data.classes is None:
+            raise ValueError("the partition on-device needs data.public, for statistics of norms, and data.classes")
+        if self.evaluation.bound_terms:
+            raise ValueError("evaluation.bound_terms needs all training data, which the partition on-device has not")
 
 
 def read_experiment(path: Path) -> Experiment:

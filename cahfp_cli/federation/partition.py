@@ -2,7 +2,8 @@
 
 `iid` · `dirichlet(ALPHA)`: of each class, shares by a Dirichlet distribution (Hsu et al. 2019; the smaller alpha, the
 less alike) · `classes(K)`: shards of K classes a client (McMahan et al. 2017) · `by-column(NAME)`: one client for each
-value of a column of an `npz` file, which is how natural users come.
+value of a column of an `npz` file, which is how natural users come · `on-device`: nothing is split; each client has
+data of its own, which nobody else sees.
 """
 
 import re
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from cahfp_cli.errors import InputError
 
 Indices = NDArray[np.int64]
-Kind = Literal["iid", "dirichlet", "classes", "by-column"]
+Kind = Literal["iid", "dirichlet", "classes", "by-column", "on-device"]
+ON_DEVICE: Literal["on-device"] = "on-device"
 PATTERN = re.compile(r"(iid)|(dirichlet)\((.+)\)|(classes)\((\d+)\)|(by-column)\((\w+)\)")
-EXAMPLES = "iid, dirichlet(0.5), classes(2) or by-column(user)"
+EXAMPLES = "iid, dirichlet(0.5), classes(2), by-column(user) or on-device"
 LEAST_SAMPLES = 4
 """A client with fewer has no batch to speak of: the Dirichlet distribution is drawn again."""
 MAX_DRAWS = 1000
@@ -35,6 +37,8 @@ class Partition:
 
 def parse_partition(text: str) -> Partition:
     """Raises: ValueError: it is none of the kinds above, or its number is out of range."""
+    if text == ON_DEVICE:
+        return Partition(ON_DEVICE)
     found = PATTERN.fullmatch(text)
     if found is None:
         raise ValueError(f"partition {text!r} is not understood: write {EXAMPLES}")

@@ -106,13 +106,13 @@ def run_round(
 
     for task, reply in fleet.train(setting, tasks()):
         client = task.client
-        flops += training_flops(setting, client, task.mask, len(task.data), task.options)
-        if isinstance(reply, str):
-            dropped[client] = reply
-            continue
-        fault = fault_of(reply, task.index_map)
-        if fault is not None:
-            dropped[client] = fault
+        fault = reply if isinstance(reply, str) else fault_of(reply, task.index_map)
+        samples = setting.samples_of(client)
+        if samples is None:  # known from the client alone, if it says anything sound
+            samples = 0 if isinstance(reply, str) or fault is not None else reply.num_examples
+        flops += training_flops(setting, client, task.mask, samples, task.options)
+        if isinstance(reply, str) or fault is not None:
+            dropped[client] = str(fault)
             continue
         try:
             admitted.append(merger.admitted(client, reply.arrays, reply.num_examples, task.index_map))
@@ -212,9 +212,9 @@ def with_scores(
         return memory, uploaded, flops
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
     for client in clients:
-        samples = min(table.samples, len(setting.shares[client]))
+        samples = min(table.samples, setting.samples_of(client) or table.samples)
         macs = float(common.devices[client].cost.full.macs)
-        flops += OPERATIONS_A_MAC * macs * (1 + common.train.classes) * samples * (criterion.needs == "gates")
+        flops += OPERATIONS_A_MAC * macs * (1 + common.classes) * samples * (criterion.needs == "gates")
     if table.by == "client":
         masks = {client: memory.masks[client] for client in clients}
         for client, mask in fleet.choose(setting, number, masks, criterion.name, method.widths):

@@ -1,6 +1,6 @@
 """What stays the same in all rounds of a run: data, partition, fleet, network and its channel groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.devices import Device, make_devices
 from cahfp_cli.federation.experiment import Experiment
-from cahfp_cli.federation.partition import Indices, parse_partition, split_clients
+from cahfp_cli.federation.partition import LEAST_SAMPLES, Indices, parse_partition, split_clients
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import load_checkpoint, save_checkpoint
 from cahfp_cli.models.spec import build
@@ -30,11 +30,14 @@ from cahfp_cli.training.sgd import TrainOptions, train
 @dataclass(frozen=True)
 class Common:
     """What all runs of an experiment share. network: adapted, of the experiment's architecture; its weights are set
-    anew before every use."""
+    anew before every use. train: of all clients, or on a node on-device its own; None on a server that has none of it.
+    test, public: None on a node, which needs neither."""
 
     experiment: Experiment
-    train: Dataset
-    test: Dataset
+    input_shape: tuple[int, ...]
+    classes: int
+    train: Dataset | None
+    test: Dataset | None
     public: Dataset | None
     network: nn.Module
     analysis: Analysis
@@ -45,27 +48,35 @@ class Common:
         """Of every global checkpoint of the run."""
         return CheckpointMetadata(
             model=self.experiment.model,
-            input_shape=self.train.input_shape,
-            classes=self.train.classes,
+            input_shape=self.input_shape,
+            classes=self.classes,
             provenance=self.provenance,
         )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One seed and one partition of an experiment. shares: the samples of each client."""
+    """One seed and one partition of an experiment. shares: the samples of each client; None on-device."""
 
     common: Common
     partition: str
     seed: int
-    shares: tuple[Indices, ...]
+    shares: tuple[Indices, ...] | None
 
     @property
     def experiment(self) -> Experiment:
         return self.common.experiment
 
-    def data_of(self, client: int) -> Dataset:
-        return take(self.common.train, self.shares[client])
+    def data_of(self, client: int) -> Dataset | None:
+        """The client's own samples; None where only it has them."""
+        train = self.common.train
+        return train if train is None or self.shares is None else take(train, self.shares[client])
+
+    def samples_of(self, client: int) -> int | None:
+        """Their number; None where only the client knows it."""
+        if self.shares is not None:
+            return len(self.shares[client])
+        return None if self.common.train is None else len(self.common.train)
 
 
 def prepare(experiment: Experiment, provenance: Provenance) -> Common:
@@ -74,29 +85,63 @@ def prepare(experiment: Experiment, provenance: Provenance) -> Common:
     Raises: UsageError, InputError: a spec is not understood, or data and network do not fit. BudgetError: a device that
         nothing fits.
     """
+    data = experiment.data
+    trained = None if data.train is None else load_data(data.train)
+    tested = load_data(data.test, default_split="test")
+    public = None if data.public is None else load_data(data.public)
+    return _common(experiment, provenance, trained, tested, public)
+
+
+def prepare_client(experiment: Experiment, provenance: Provenance, own: str | None) -> Common:
+    """As `prepare`, on a node: with training data alone.
+
+    Args: own: spec of the node's own data, for the partition on-device.
+    Raises: as `prepare`; UsageError: the node has no data, or has some where the experiment splits its own.
+    """
+    if experiment.on_device and own is None:
+        raise UsageError("this node has no data of its own: start it with --node-config 'data=\"npz:FILE\"'.")
+    if own is not None and not experiment.on_device:
+        raise UsageError("a node's own data belongs to the partition on-device; this experiment splits data.train.")
+    spec = experiment.data.train if own is None else own
+    assert spec is not None
+    trained = load_data(spec)
+    if len(trained) < LEAST_SAMPLES:
+        raise InputError(f"{spec}: {len(trained)} samples, and a client needs at least {LEAST_SAMPLES}.")
+    return _common(experiment, provenance, trained, None, None)
+
+
+def _common(
+    experiment: Experiment,
+    provenance: Provenance,
+    trained: Dataset | None,
+    tested: Dataset | None,
+    public: Dataset | None,
+) -> Common:
     if RULES[experiment.rule].by_curvature:
         raise UsageError(f"rule {experiment.rule!r} needs curvature of each client, which no reply of a round has.")
-    data = experiment.data
-    trained, tested = load_data(data.train), load_data(data.test, default_split="test")
-    public = load_data(data.public) if data.public is not None else None
-    for dataset in (tested, public):
-        if dataset is not None:
-            check_fits(dataset, trained.input_shape, trained.classes)
-    network = adapt(build(experiment.model, trained.input_shape, trained.classes))
-    analysis = analyse(network, trained.input_shape)
+    there = [dataset for dataset in (trained, tested, public) if dataset is not None]
+    input_shape, classes = there[0].input_shape, experiment.data.classes or there[0].classes
+    for dataset in there:
+        check_fits(dataset, input_shape, classes)
+    if trained is not None:
+        trained = replace(trained, classes=classes)  # a node's own data may lack some
+    network = adapt(build(experiment.model, input_shape, classes))
+    analysis = analyse(network, input_shape)
     if analysis.groups.count == 0:
         raise InputError(f"{experiment.model.spec}: no channel group of this network can be pruned.")
     itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
     devices = make_devices(experiment.fleet, analysis.groups, analysis, itemsizes)
-    return Common(experiment, trained, tested, public, network.eval(), analysis, devices, provenance)
+    return Common(
+        experiment, input_shape, classes, trained, tested, public, network.eval(), analysis, devices, provenance
+    )
 
 
 def make_setting(common: Common, partition: str, seed: int) -> Setting:
     """Split the training data among the clients. Raises: InputError: it cannot be split so."""
-    parsed = parse_partition(partition)
-    column = None
-    if parsed.column is not None:
-        column = column_of(common.experiment.data.train, parsed.column)
+    parsed, spec = parse_partition(partition), common.experiment.data.train
+    if common.train is None or spec is None:
+        return Setting(common, partition, seed, None)
+    column = None if parsed.column is None else column_of(spec, parsed.column)
     shares = split_clients(parsed, common.train.y, len(common.devices), seed, column)
     return Setting(common, partition, seed, shares)
 
@@ -126,12 +171,12 @@ def write_start(common: Common, seed: int, path: Path) -> str:
             Path(start.checkpoint),
             model=spec.spec,
             model_args=spec.args,
-            input_shape=common.train.input_shape,
-            classes=common.train.classes,
+            input_shape=common.input_shape,
+            classes=common.classes,
         )
         network = loaded.model
     else:
-        network = build(spec, common.train.input_shape, common.train.classes, derived(Purpose.START, seed))
+        network = build(spec, common.input_shape, common.classes, derived(Purpose.START, seed))
     if start.public_epochs and common.public is not None:
         options = TrainOptions(
             epochs=start.public_epochs, lr=start.lr, batch_size=experiment.train.batch_size, seed=seed

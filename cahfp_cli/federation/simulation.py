@@ -12,7 +12,7 @@ import numpy as np
 
 from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.metadata import Provenance
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Trainer, train_client
 from cahfp_cli.federation.clients import Clients, LocalClients
 from cahfp_cli.federation.experiment import Experiment
@@ -53,6 +53,8 @@ def simulate(
     Raises: UsageError, InputError, BudgetError: see `setting.prepare`; InputError: `output` exists without `resume`, or
         holds another experiment.
     """
+    if fleet is None:
+        check_has_data(experiment)
     common = begin(experiment, output, provenance, resume)
     runs = []
     for plan in plans(experiment):
@@ -79,6 +81,7 @@ def simulate_in_parallel(
 
     Raises: as `simulate`; whatever ends a run, once those that had begun have ended.
     """
+    check_has_data(experiment)
     begin(experiment, output, provenance, resume)
     rows: dict[Plan, tuple[Row, ...]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -162,6 +165,15 @@ def recorded(experiment: Experiment) -> str:
     return experiment.model_dump_json(indent=2) + "\n"
 
 
+def check_has_data(experiment: Experiment) -> None:
+    """Raises: UsageError: only clients on machines of their own have the training data."""
+    if experiment.on_device:
+        raise UsageError(
+            "partition on-device: the clients of a simulation have no data of their own.\n"
+            "Run it over Flower on many machines, or use by-column(NAME) here."
+        )
+
+
 def check_output(output: Path, experiment: Experiment, resume: bool) -> None:
     """Raises: InputError: the folder exists without `resume`, or holds anything but the same experiment."""
     record = output / EXPERIMENT
@@ -200,7 +212,8 @@ def summary(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
             own = [one.rows for one in runs if (one.partition, one.method) == (partition, method)]
             entry: dict[str, Any] = {"partition": partition, "method": method, "seeds": len(own)}
             for name in ACCURACIES:
-                entry[name] = spread([rows[-1]["accuracy"][name] for rows in own])
+                values = [rows[-1]["accuracy"][name] for rows in own]
+                entry[name] = None if None in values else spread(values)
             devices = np.array([rows[-1]["accuracy"]["by_device"] for rows in own])
             entry["by_device"] = devices.mean(axis=0).tolist()
             for name in ("uploaded_bytes", "client_flops"):

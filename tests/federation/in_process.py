@@ -1,6 +1,6 @@
 """A Flower `Grid` in this process: nodes answer one after the other when they are asked. Needs no Ray."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -14,16 +14,18 @@ FIRST_NODE = 1000
 
 
 class InProcessGrid(Grid):
-    """change: what becomes of a client's reply on its way, None if it never comes. messages: all that were sent."""
+    """change: what becomes of a client's reply on its way, None if it never comes. configs: of nodes, by client.
+    messages: all that were sent."""
 
     def __init__(
         self,
         app: ClientApp,
         clients: int,
         change: Callable[[int, Message], Message | None] = lambda client, reply: reply,
+        configs: Mapping[int, dict[str, str]] | None = None,
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self.app, self.change, self.numbers = app, change, count()
+        self.app, self.change, self.configs, self.numbers = app, change, configs or {}, count()
         self.nodes = {FIRST_NODE + client: client for client in range(clients)}
         self.messages: list[tuple[int, Message]] = []
 
@@ -55,7 +57,7 @@ class InProcessGrid(Grid):
         client = self.nodes[node]
         message.metadata.__dict__["_message_id"] = str(next(self.numbers))
         self.messages.append((client, message))
-        context = Context(1, node, {"partition-id": client}, RecordDict(), {})
+        context = Context(1, node, {"partition-id": client, **self.configs.get(client, {})}, RecordDict(), {})
         try:
             reply = self.app(message, context)
         except Exception as error:

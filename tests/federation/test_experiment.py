@@ -30,6 +30,10 @@ def test_the_small_experiment_is_read(tmp_path: Path) -> None:
         ("dirichlet(0.5)", "dirichlet(x)", "'partitions'.*alpha"),
         ("rounds = 2", 'rounds = 2\nrule = "mean"', "'rule'.*no 'mean'"),
         ("rounds = 2", "rounds = ", "not valid TOML"),
+        ('train = "digits@train[0:300]"\n', "", "'data.train' is missing"),
+        ("[data]", "[data]\nclasses = 10", "data.classes belongs to the partition on-device"),
+        ("dirichlet(0.5)", "on-device", "data.train must be left out"),
+        ('"dirichlet(0.5)"', '"on-device", "iid"', "goes with no other"),
         ("[selection]", "[start]\npublic_epochs = 1\n[selection]", "needs data.public"),
     ],
 )

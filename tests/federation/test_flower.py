@@ -1,6 +1,7 @@
 """Rounds over Flower give what rounds in one process give, whatever single clients send."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'cahfp[
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from cahfp_cli.errors import InputError
+from cahfp_cli.data.spec import load_data
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Reply, Task, train_client
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.flower.client import make_client_app
@@ -36,9 +38,12 @@ Change = Callable[[int, Message], Message | None]
 
 
 def over_flower(
-    asked: Experiment, output: Path, change: Change = lambda client, reply: reply
+    asked: Experiment,
+    output: Path,
+    change: Change = lambda client, reply: reply,
+    configs: Mapping[int, dict[str, str]] | None = None,
 ) -> tuple[tuple[Run, ...], InProcessGrid]:
-    grid = InProcessGrid(make_client_app(lambda context: asked.model_dump_json()), asked.clients, change)
+    grid = InProcessGrid(make_client_app(lambda context: asked.model_dump_json()), asked.clients, change, configs)
     return simulate(asked, output, PROVENANCE, fleet=FlowerClients(grid, deadline=5, joining=0)), grid
 
 
@@ -51,6 +56,41 @@ def test_three_rounds_over_flower_equal_those_in_one_process(tmp_path: Path) -> 
     kinds = [message.metadata.message_type for _, message in grid.messages]
     assert kinds.count("query.hello") == 6 and kinds.count("query.score") == 6
     assert kinds.count("train.submodel") == 2 * 3 * 6
+
+
+def test_data_that_only_the_devices_have_gives_the_same_rounds(tmp_path: Path) -> None:
+    digits, random = load_data("digits@train[0:200]"), np.random.default_rng(0)
+    users = random.permutation(np.arange(200) % 4)
+    users[digits.y >= 7] = 0  # the others know nothing of three classes
+    np.savez(tmp_path / "all.npz", x=digits.x, y=digits.y, user=users)
+    for user in range(4):
+        np.savez(tmp_path / f"{user}.npz", x=digits.x[users == user], y=digits.y[users == user])
+    shared = {"test": "digits@test[0:100]", "public": "digits@train[200:300]"}
+    common = {
+        "fleet": [{"count": 2, "keep": 1.0}, {"count": 2, "params": 0.25}],
+        "rounds": 2,
+        "train": {"balanced": True},
+    }
+    here = experiment(partitions=["by-column(user)"], data={"train": f"npz:{tmp_path / 'all.npz'}", **shared}, **common)
+    there = experiment(partitions=["on-device"], data={"classes": 10, **shared}, **common)
+    local = simulate(here, tmp_path / "local", PROVENANCE)
+    configs = {user: {"data": f"npz:{tmp_path / str(user)}.npz"} for user in range(4)}
+    flower, _ = over_flower(there, tmp_path / "flower", configs=configs)
+    assert list(finals(tmp_path / "flower").values()) == list(finals(tmp_path / "local").values())
+    (ours,), (theirs,) = without_seconds(flower), without_seconds(local)
+    for row in theirs:
+        row.get("accuracy", {}).update(own=None, tuned=None)
+    assert ours == theirs
+    result = json.loads((tmp_path / "flower" / "summary.json").read_text())["results"][0]
+    assert result["own"] is None and result["deployed"]["mean"] > 0
+
+    del configs[1]
+    configs[3] = {"data": f"npz:{tmp_path / 'all.npz'}[0:3]"}
+    runs, _ = over_flower(there, tmp_path / "two", configs=configs)
+    assert "start it with --node-config" in runs[0].rows[0]["dropped"]["1"]
+    assert "at least 4" in runs[0].rows[0]["dropped"]["3"]
+    with pytest.raises(UsageError, match="no data of their own"):
+        simulate(there, tmp_path / "none", PROVENANCE)
 
 
 def test_masks_that_clients_choose_are_the_same_over_flower(tmp_path: Path) -> None:

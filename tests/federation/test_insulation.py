@@ -40,7 +40,7 @@ def test_every_submodel_begins_as_the_same_function(model: dict[str, object]) ->
     network, analysis = setting.common.network, setting.common.analysis
     masks = first_memory(setting, METHODS["cahfp"]).masks
     assert len(np.unique(masks, axis=0)) == 3
-    x = torch.randn(4, *setting.common.train.input_shape)
+    x = torch.randn(4, *setting.common.input_shape)
     before = [outputs(compact(network, analysis, mask), x) for mask in masks[::2]]
     assert apart(before[0], before[2]) > 0.3
     arrays = insulated(state_arrays(network), analysis.groups, masks)

@@ -1,7 +1,8 @@
 """The apps that a Flower app folder names as its components, for SuperLink and SuperNodes on many machines.
 
 Both read the experiment from a file: that of the run's configuration (`experiment`), or on a node that of the node's
-own, if it has one. A node's configuration says which client it is (`client`).
+own, if it has one. A node's configuration says which client it is (`client`), and where its own data is (`data`) with
+the partition on-device.
 """
 
 import logging

@@ -38,12 +38,13 @@ from cahfp_cli.federation.flower.protocol import (
 )
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.rounds import index_map_of, make_task
-from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare
+from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare_client
 from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
 from cahfp_cli.training.device import use_threads
 
 CLIENT_KEYS = ("client", "partition-id")
 """Where a node's own configuration says which client it is; the second is what Flower's simulation sets."""
+DATA_KEY = "data"
 NO_ANSWER = 0
 Handler = Callable[[Message, Context], Message]
 
@@ -51,7 +52,8 @@ Handler = Callable[[Message, Context], Message]
 def make_client_app(experiment: Callable[[Context], str], threads: int | None = None) -> ClientApp:
     """An app whose every node is one client of an experiment.
 
-    Args: experiment: gives the experiment as JSON, and is called for every message.
+    Args: experiment: gives the experiment as JSON, and is called for every message. A node's own data is what its
+        configuration says (`data`).
     """
 
     def answering(answer: Callable[[Setting, Plan, RecordDict], RecordDict]) -> Handler:
@@ -61,7 +63,9 @@ def make_client_app(experiment: Callable[[Context], str], threads: int | None = 
                 plan = read_plan(message.content.config_records[PLAN])
                 if plan.client != client_of(context):
                     raise InputError(f"this is client {client_of(context)}, not {plan.client}.")
-                found = answer(setting_of(experiment(context), plan.partition, plan.seed), plan, message.content)
+                own = context.node_config.get(DATA_KEY)
+                text, own = experiment(context), None if own is None else str(own)
+                found = answer(setting_of(text, own, plan.partition, plan.seed), plan, message.content)
             except CahfpError as error:
                 return Message(Error(NO_ANSWER, first_line(error)), reply_to=message)
             found[PLAN] = ConfigRecord({ID: plan.id})
@@ -145,10 +149,10 @@ def size_of(common: Common) -> int:
 
 
 @lru_cache(maxsize=1)
-def common_of(experiment: str) -> Common:
-    return prepare(Experiment.model_validate_json(experiment), Provenance(tool="cahfp", command="client"))
+def common_of(experiment: str, own: str | None) -> Common:
+    return prepare_client(Experiment.model_validate_json(experiment), Provenance(tool="cahfp", command="client"), own)
 
 
 @lru_cache(maxsize=4)
-def setting_of(experiment: str, partition: str, seed: int) -> Setting:
-    return make_setting(common_of(experiment), partition, seed)
+def setting_of(experiment: str, own: str | None, partition: str, seed: int) -> Setting:
+    return make_setting(common_of(experiment, own), partition, seed)

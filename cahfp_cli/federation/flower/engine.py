@@ -14,7 +14,7 @@ from cahfp_cli.checkpoint.metadata import Provenance
 from cahfp_cli.errors import UsageError
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.run import Row
-from cahfp_cli.federation.simulation import Run, check_output, simulate
+from cahfp_cli.federation.simulation import Run, check_has_data, check_output, simulate
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -43,6 +43,7 @@ def simulate_on_flower(
     Raises: UsageError: Flower or Ray is not installed; and as `simulate`.
     """
     check_installed()
+    check_has_data(experiment)
     check_output(output, experiment, resume)
     with TemporaryDirectory() as home:
         for name, value in {**OFFLINE, "FLWR_HOME": home}.items():

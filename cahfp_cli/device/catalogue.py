@@ -24,18 +24,24 @@ def load_profile(name_or_path: str) -> DeviceProfile:
 
     Raises UsageError, with the nearest name, for a name that no profile has, and InputError for a bad file.
     """
+    path = profile_path(name_or_path)
+    return _bundled(path.stem) if path.parent == _folder() else read_profile(path)
+
+
+def profile_path(name_or_path: str) -> Path:
+    """The file of `load_profile`. Raises: as that, but the file is not read."""
     if name_or_path.endswith(".toml") or os.sep in name_or_path:
         path = Path(name_or_path)
         if not path.is_file():
             raise InputError(f"{path}: no such profile; 'cahfp profile list' shows the ones that come with cahfp")
-        return read_profile(path)
+        return path
     name = name_or_path.strip().lower().replace("_", "-")
     if name in profile_names():
-        return _bundled(name)
+        return _folder() / f"{name}.toml"
     profiles = all_profiles()
     for profile in profiles:
         if name in profile.aliases:
-            return profile
+            return _folder() / f"{profile.name}.toml"
     known = [known for profile in profiles for known in (profile.name, *profile.aliases)]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean '{nearest[0]}'?" if nearest else "'cahfp profile list' shows the names."

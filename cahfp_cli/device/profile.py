@@ -353,15 +353,22 @@ def read_profile(path: Path) -> DeviceProfile:
     Raises InputError, naming the file and the key, if it is not TOML or breaks the schema; OSError if unreadable.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8, so not a device profile") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+    return parse_profile(text, str(path))
+
+
+def parse_profile(text: str, origin: str) -> DeviceProfile:
+    """A profile from its text; `origin` says in errors where that came from. Raises: InputError: as `read_profile`."""
+    try:
+        content = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{origin}: not valid TOML: {error}") from None
     try:
         return DeviceProfile.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from None
+        raise InputError(f"{origin}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -10,15 +10,20 @@ from cahfp_cli.coupling.analysis import Analysis
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import CostModel, compile_workload
+from cahfp_cli.device.profile import DeviceProfile, parse_profile
 from cahfp_cli.device.quantities import Share
 from cahfp_cli.device.workload import make_workload
-from cahfp_cli.errors import BudgetError, InputError
+from cahfp_cli.errors import BudgetError, InputError, UsageError
 from cahfp_cli.pruning.budget import Budget, budget_of_profile
 from cahfp_cli.pruning.selection import uniform
 from cahfp_cli.pruning.target import Widths, target_of
 
 if TYPE_CHECKING:
     from cahfp_cli.federation.experiment import DeviceEntry
+
+
+REPORTED = "reported"
+"""Instead of the name of a profile, in a fleet whose nodes say what they are."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def make_devices(
     workload = make_workload(analysis, itemsizes)
     devices: list[Device] = []
     for entry in entries:
-        profile = load_profile(entry.profile) if entry.profile is not None else None
+        profile = profile_of(entry, len(devices))
         budget = Budget(
             keep=entry.keep,
             params=None if entry.params is None else Share(entry.params),
@@ -66,6 +71,20 @@ def make_devices(
             raise BudgetError(f"{name}: {error}") from None
         devices += [Device(name, budget, cost, widths)] * entry.count
     return tuple(devices)
+
+
+def profile_of(entry: "DeviceEntry", client: int) -> DeviceProfile | None:
+    """The profile of the entry whose first device is that of `client`, None where it has none.
+
+    Raises: UsageError: no such profile, or it is still to be reported. InputError: it is damaged.
+    """
+    if entry.profile_text is not None:
+        return parse_profile(entry.profile_text, f"profile of client {client}")
+    if entry.profile == REPORTED:
+        raise UsageError(
+            f"the device of client {client} is not known: start its node with --node-config 'profile=\"...\"'."
+        )
+    return None if entry.profile is None else load_profile(entry.profile)
 
 
 def smallest(devices: Sequence[Device]) -> Widths:

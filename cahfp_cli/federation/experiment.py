@@ -3,6 +3,7 @@
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from cahfp_cli.checkpoint.metadata import ModelSpec, Record
 from cahfp_cli.errors import InputError
+from cahfp_cli.federation.devices import REPORTED
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.partition import ON_DEVICE, parse_partition
 from cahfp_cli.reconstruction.rules import RULES
@@ -21,6 +23,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MOST_CLASSES = 1_000_000
+LONGEST_PROFILE = 65_536
+"""Characters."""
 BUDGETS = ("keep", "params", "macs")
 
 
@@ -37,17 +41,23 @@ class Data(Record):
 
 class DeviceEntry(Record):
     """`count` devices alike: of a profile (with the budget in it), or with a share of the full network's channels
-    (`keep`, in every layer), parameters or multiply-accumulates; shares given beside a profile replace its budget."""
+    (`keep`, in every layer), parameters or multiply-accumulates; shares given beside a profile replace its budget.
+
+    profile: a name or a file, or `reported`: nodes of Flower say what they are. profile_text: what is in such a file.
+    """
 
     count: Whole
     profile: str | None = None
+    profile_text: Annotated[str, Field(max_length=LONGEST_PROFILE)] | None = None
     keep: Share | None = None
     params: Share | None = None
     macs: Share | None = None
 
     @model_validator(mode="after")
     def _says_how_large(self) -> "DeviceEntry":
-        if self.profile is None and all(getattr(self, name) is None for name in BUDGETS):
+        if self.profile is not None and self.profile_text is not None:
+            raise ValueError("gives profile and profile_text: one of them is enough")
+        if self.profile is None and self.profile_text is None and all(getattr(self, name) is None for name in BUDGETS):
             raise ValueError("says not how large its devices' submodels are: give profile, keep, params or macs")
         return self
 
@@ -138,6 +148,30 @@ class Experiment(Record):
     def clients(self) -> int:
         """One a device."""
         return sum(entry.count for entry in self.fleet)
+
+    @property
+    def reported(self) -> bool:
+        """Whether nodes say what devices they are."""
+        return any(entry.profile == REPORTED for entry in self.fleet)
+
+    def with_reports(self, profiles: Mapping[int, str]) -> "Experiment":
+        """With the devices that nodes said they are.
+
+        Args: profiles: text of a profile, by client.
+        Raises: InputError: a client whose device should be reported is not among them.
+        """
+        fleet: list[DeviceEntry] = []
+        for entry in self.fleet:
+            if entry.profile != REPORTED:
+                fleet.append(entry)
+                continue
+            first = sum(one.count for one in fleet)
+            for client in range(first, first + entry.count):
+                if client not in profiles:
+                    raise InputError(f"client {client} has not reported the profile of its device.")
+                own = {"count": 1, "profile": None, "profile_text": profiles[client]}
+                fleet.append(entry.model_copy(update=own))
+        return self.model_copy(update={"fleet": tuple(fleet)})
 
     @property
     def on_device(self) -> bool:

@@ -166,7 +166,9 @@ def recorded(experiment: Experiment) -> str:
 
 
 def check_has_data(experiment: Experiment) -> None:
-    """Raises: UsageError: only clients on machines of their own have the training data."""
+    """Raises: UsageError: only clients on machines of their own have the training data, or know their devices."""
+    if experiment.reported:
+        raise UsageError("a fleet entry's profile is 'reported': only nodes of a federation over many machines report.")
     if experiment.on_device:
         raise UsageError(
             "partition on-device: the clients of a simulation have no data of their own.\n"

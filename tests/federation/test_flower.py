@@ -19,6 +19,7 @@ from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Reply, Task, train_client
 from cahfp_cli.federation.experiment import Experiment
+from cahfp_cli.federation.flower.apps import described
 from cahfp_cli.federation.flower.client import make_client_app
 from cahfp_cli.federation.flower.protocol import ARRAYS, CLIENT, EXAMPLES, LOSS, MASK, METRICS, PLAN, Plan, read_plan
 from cahfp_cli.federation.flower.server import FlowerClients
@@ -34,6 +35,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+ROOT = Path(__file__).parents[2]
 Change = Callable[[int, Message], Message | None]
 
 
@@ -91,6 +93,37 @@ def test_data_that_only_the_devices_have_gives_the_same_rounds(tmp_path: Path) -
     assert "at least 4" in runs[0].rows[0]["dropped"]["3"]
     with pytest.raises(UsageError, match="no data of their own"):
         simulate(there, tmp_path / "none", PROVENANCE)
+
+
+def test_nodes_report_their_devices(tmp_path: Path) -> None:
+    text = (ROOT / "profiles" / "stm32h743.toml").read_text()
+    small = tmp_path / "small.toml"
+    small.write_text(text.replace('storage = "1.5MB"', "params = 0.25"))
+    more = {"rounds": 2, "clients_per_round": 3, "selection": {"by": "client", "rescore_every": 1, "samples": 16}}
+    named = [{"count": 1, "keep": 1.0}, {"count": 1, "profile": "raspberry-pi-4"}, {"count": 1, "profile": str(small)}]
+    local = simulate(experiment(fleet=named, **more), tmp_path / "local", PROVENANCE)
+
+    asked = experiment(fleet=[{"count": 1, "keep": 1.0}, {"count": 2, "profile": "reported"}], **more)
+    configs = {1: {"profile": "raspberry-pi-4"}, 2: {"profile": str(small)}}
+    grid = InProcessGrid(make_client_app(lambda context: asked.model_dump_json()), 3, configs=configs)
+    fleet = FlowerClients(grid, deadline=5, joining=0)
+    flower = simulate(described(asked, fleet, None), tmp_path / "flower", PROVENANCE, fleet=fleet)
+    assert finals(tmp_path / "flower") == finals(tmp_path / "local")
+    assert without_seconds(flower) == without_seconds(local)
+    assert flower[0].rows[-1]["dropped"] == {}
+
+    grid = InProcessGrid(grid.app, 3, configs={1: configs[1]})
+    gone = FlowerClients(grid, deadline=5, joining=0)
+    with pytest.raises(InputError, match="client 2 has not reported"):
+        described(asked, gone, None)
+    assert described(asked, gone, tmp_path / "flower") == described(asked, fleet, None)  # a resumed run knows it
+    small.write_text(text.replace("[budget]", "[bugdet]"))
+    grid.configs = {1: configs[1], 2: configs[2]}
+    spoiled_fleet = FlowerClients(grid, deadline=5, joining=0)
+    with pytest.raises(InputError, match="profile of client 2: unknown key 'bugdet'"):
+        simulate(described(asked, spoiled_fleet, None), tmp_path / "bad", PROVENANCE, fleet=spoiled_fleet)
+    with pytest.raises(UsageError, match="reported"):
+        simulate(asked, tmp_path / "none", PROVENANCE)
 
 
 def test_masks_that_clients_choose_are_the_same_over_flower(tmp_path: Path) -> None:

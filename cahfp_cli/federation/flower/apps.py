@@ -2,7 +2,7 @@
 
 Both read the experiment from a file: that of the run's configuration (`experiment`), or on a node that of the node's
 own, if it has one. A node's configuration says which client it is (`client`), and where its own data is (`data`) with
-the partition on-device.
+the partition on-device, and what device it is (`profile`).
 """
 
 import logging
@@ -11,11 +11,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cahfp_cli.federation.experiment import read_experiment
+from cahfp_cli.federation.experiment import Experiment, read_experiment
 from cahfp_cli.federation.flower.client import make_client_app
 from cahfp_cli.federation.flower.server import FlowerClients
 from cahfp_cli.federation.run import Row
-from cahfp_cli.federation.simulation import simulate
+from cahfp_cli.federation.simulation import EXPERIMENT, simulate
 from cahfp_cli.provenance import provenance
 from cahfp_cli.training.device import use_threads
 
@@ -43,7 +43,21 @@ def serve(grid: Grid, context: Context) -> None:
 
     fleet = FlowerClients(grid, float(config["deadline"]), float(config["joining"]))
     resume, source = bool(config["resume"]), provenance("federate", {}, [path])
-    simulate(read_experiment(path), output, source, resume=resume, fleet=fleet, on_round=committed)
+    asked = described(read_experiment(path), fleet, output if resume else None)
+    simulate(asked, output, source, resume=resume, fleet=fleet, on_round=committed)
+
+
+def described(asked: Experiment, fleet: FlowerClients, output: Path | None) -> Experiment:
+    """The experiment with the devices that nodes report; of clients that are not here, those that `output` recorded."""
+    if not asked.reported:
+        return asked
+    profiles: dict[int, str] = {}
+    if output is not None and (output / EXPERIMENT).exists():
+        recorded = Experiment.model_validate_json((output / EXPERIMENT).read_text())
+        devices = [entry for entry in recorded.fleet for _ in range(entry.count)]
+        profiles = {client: one.profile_text for client, one in enumerate(devices) if one.profile_text is not None}
+    fleet.meet(asked.clients)
+    return asked.with_reports(profiles | fleet.profiles)
 
 
 server_app = ServerApp()

@@ -14,14 +14,17 @@ from torch import nn
 
 from cahfp_cli.checkpoint.dtypes import DTYPES, Array
 from cahfp_cli.checkpoint.metadata import Provenance
+from cahfp_cli.device.catalogue import profile_path
 from cahfp_cli.errors import CahfpError, InputError, first_line
 from cahfp_cli.federation.client import Task, train_client
 from cahfp_cli.federation.clients import choose_client, score_client
+from cahfp_cli.federation.devices import REPORTED
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.flower.protocol import (
     ARRAYS,
     CHOOSE,
     CLIENT,
+    DEVICE,
     EXAMPLES,
     HELLO,
     ID,
@@ -29,6 +32,7 @@ from cahfp_cli.federation.flower.protocol import (
     MASK,
     METRICS,
     PLAN,
+    PROFILE,
     SCORE,
     SIGNIFICANCE,
     TRAIN,
@@ -64,7 +68,7 @@ def make_client_app(experiment: Callable[[Context], str], threads: int | None = 
                 if plan.client != client_of(context):
                     raise InputError(f"this is client {client_of(context)}, not {plan.client}.")
                 own = context.node_config.get(DATA_KEY)
-                text, own = experiment(context), None if own is None else str(own)
+                text, own = for_node(experiment(context), context), None if own is None else str(own)
                 found = answer(setting_of(text, own, plan.partition, plan.seed), plan, message.content)
             except CahfpError as error:
                 return Message(Error(NO_ANSWER, first_line(error)), reply_to=message)
@@ -82,8 +86,18 @@ def make_client_app(experiment: Callable[[Context], str], threads: int | None = 
 
 
 def hello(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    return Message(RecordDict({METRICS: MetricRecord({CLIENT: client_of(context)})}), reply_to=message)
+    """Say which client this node is, and which device."""
+    content = RecordDict({METRICS: MetricRecord({CLIENT: client_of(context)})})
+    text = profile_text(context)
+    if text is not None:
+        content[DEVICE] = ConfigRecord({PROFILE: text})
+    return Message(content, reply_to=message)
+
+
+def profile_text(context: Context) -> str | None:
+    """Of the profile that the node's configuration names, if it does. Raises: InputError, UsageError: there is none."""
+    name = context.node_config.get(PROFILE)
+    return None if name is None else profile_path(str(name)).read_text(encoding="utf-8")
 
 
 def client_of(context: Context) -> int:
@@ -92,6 +106,18 @@ def client_of(context: Context) -> int:
         if key in context.node_config:
             return int(context.node_config[key])
     raise InputError('this node does not say which client it is: start it with --node-config "client=0".')
+
+
+def for_node(experiment: str, context: Context) -> str:
+    """The experiment, as JSON, in which all devices that are to be reported are this node's, or whole ones if it reports
+    none: a node needs no other's device."""
+    asked = Experiment.model_validate_json(experiment)
+    if not asked.reported:
+        return experiment
+    text = profile_text(context)
+    own = {"profile": None, **({"keep": 1.0} if text is None else {"profile_text": text})}
+    fleet = tuple(one.model_copy(update=own) if one.profile == REPORTED else one for one in asked.fleet)
+    return asked.model_copy(update={"fleet": fleet}).model_dump_json()
 
 
 def answer_train(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:

@@ -1,6 +1,6 @@
 """The messages of a round.
 
-hello: who are you? A node answers with the number of its client.
+hello: who are you? A node answers with the number of its client and, if it has one, the text of its device's profile.
 train: a *plan* and the submodel's tensors; the answer has tensors of the same shapes, the number of samples, the loss.
 score: a plan and the global network's tensors; the answer has one significance a channel group.
 choose: the same; the answer has the mask that the client chose.
@@ -19,9 +19,10 @@ from cahfp_cli.federation.memory import Mask
 
 HELLO, TRAIN, SCORE, CHOOSE = "hello", "submodel", "score", "choose"
 """Actions; with Flower's category in front they are types of messages, such as `train.submodel`."""
-PLAN, ARRAYS, METRICS = "plan", "arrays", "metrics"
+PLAN, ARRAYS, METRICS, DEVICE = "plan", "arrays", "metrics", "device"
 """Records of a message."""
 CLIENT, EXAMPLES, LOSS, SIGNIFICANCE, MASK, ID = "client", "num_examples", "loss", "significance", "mask", "id"
+PROFILE = "profile"
 
 
 @dataclass(frozen=True)

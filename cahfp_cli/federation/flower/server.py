@@ -14,10 +14,12 @@ from flwr.serverapp import Grid
 
 from cahfp_cli.errors import first_line
 from cahfp_cli.federation.client import Reply, Task
+from cahfp_cli.federation.experiment import LONGEST_PROFILE
 from cahfp_cli.federation.flower.protocol import (
     ARRAYS,
     CHOOSE,
     CLIENT,
+    DEVICE,
     EXAMPLES,
     HELLO,
     ID,
@@ -25,6 +27,7 @@ from cahfp_cli.federation.flower.protocol import (
     MASK,
     METRICS,
     PLAN,
+    PROFILE,
     SCORE,
     SIGNIFICANCE,
     TRAIN,
@@ -48,13 +51,15 @@ LONGEST = 200
 class FlowerClients:
     """deadline: seconds that a node has to answer. joining: seconds that the first question waits for all nodes.
 
-    Which node is which client is asked of each node once; of two nodes that say the same, the first stays.
+    Which node is which client, and which device, is asked of each node once; of two nodes that say that they are the
+    same client, the first stays. nodes, profiles: by client; the text of a profile, where the node sent one.
     """
 
     grid: Grid
     deadline: float
     joining: float
     nodes: dict[int, int] = field(default_factory=dict)
+    profiles: dict[int, str] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
     waited: bool = False
 
@@ -131,6 +136,7 @@ class FlowerClients:
                 client = claimed(reply)
                 if client is not None and self.nodes.get(client) not in present:
                     self.nodes[client] = reply.metadata.src_node_id
+                    self.profiles |= reported(reply, client)
             here = {client: node for client, node in self.nodes.items() if node in present}
             if len(here) >= expected or time.monotonic() >= last:
                 self.waited = True
@@ -169,6 +175,13 @@ def claimed(reply: Message) -> int | None:
     except Exception:  # an error, or whatever a node sent
         return None
     return client if isinstance(client, int) else None
+
+
+def reported(reply: Message, client: int) -> dict[int, str]:
+    """The text of the client's profile, if its node sent one."""
+    record = reply.content.get(DEVICE)
+    text = record.get(PROFILE) if isinstance(record, ConfigRecord) else None
+    return {client: text} if isinstance(text, str) and len(text) <= LONGEST_PROFILE else {}
 
 
 def content_of(reply: Message, plan: Plan) -> RecordDict | str:

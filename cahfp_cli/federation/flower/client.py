@@ -109,8 +109,8 @@ def client_of(context: Context) -> int:
 
 
 def for_node(experiment: str, context: Context) -> str:
-    """The experiment, as JSON, in which all devices that are to be reported are this node's, or whole ones if it reports
-    none: a node needs no other's device."""
+    """The experiment, as JSON, in which all devices to be reported are this node's, or whole ones if it reports none: a
+    node needs no other's device."""
     asked = Experiment.model_validate_json(experiment)
     if not asked.reported:
         return experiment

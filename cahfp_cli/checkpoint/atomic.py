@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cahfp_cli.errors import InputError
 
-OURS = ("submodel.safetensors", "report.json", "model.safetensors.index.json")
+OURS = ("submodel.safetensors", "report.json", "*.safetensors.index.json")
 MAX_CLAIMS = 100
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what only writing fails with
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2 in linux/fs.h
@@ -215,7 +215,7 @@ def _check_replaceable(path: Path, target: Path) -> None:
         raise InputError(f"{path}: it is not a folder, so no folder can replace it; name another output.")
     if any(place.is_relative_to(target) for place in (Path.cwd().resolve(), Path.home().resolve())):
         raise InputError(f"{path}: it holds the working folder or the home folder and is not replaced; name another.")
-    if any(target.iterdir()) and not any((target / name).is_file() for name in OURS):
+    if any(target.iterdir()) and not any(found.is_file() for name in OURS for found in target.glob(name)):
         raise InputError(
             f"{path}: it holds neither {' nor '.join(OURS)}, so it is not an output of cahfp and is not replaced, "
             "not even with --force.\nName another output, or remove the folder yourself."

@@ -123,8 +123,7 @@ class SafetensorsFile:
         size = min((info.start for info in self.tensors.values()), default=self._identity[2])
         with self._descriptor() as handle:
             header = bytearray(size)
-            if not _read_into(handle, memoryview(header), 0):
-                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+            self._fill(handle, memoryview(header), 0)
         return bytes(header)
 
     def _info(self, name: str) -> TensorInfo:
@@ -135,31 +134,35 @@ class SafetensorsFile:
     def _elements(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> Array:
         array = np.empty(shape, DTYPES[info.dtype])
         with self._descriptor() as handle:
-            if not _read_into(handle, array.reshape(-1).view(np.uint8).data, start):
-                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+            self._fill(handle, array.reshape(-1).view(np.uint8).data, start)
         if info.dtype == "BOOL" and np.any(array.view(np.uint8) > 1):
             raise InputError(f"{self.path}: tensor {shown(info.name)} holds booleans that are neither 0 nor 1.")
         return array.byteswap() if sys.byteorder == "big" and array.itemsize > 1 else array
+
+    def _fill(self, handle: int, buffer: memoryview, offset: int) -> None:
+        """Read, and see afterwards that these were still the bytes that had been validated."""
+        if not _read_into(handle, buffer, offset):
+            raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+        if _identity(os.fstat(handle)) != self._identity:
+            raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:
         if self._handle is not None:
             yield self._handle
             return
-        handle, status = _open(self.path)
+        handle, _ = _open(self.path)
         try:
-            if _identity(status) != self._identity:
-                raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
             yield handle
         finally:
             os.close(handle)
 
 
-def open_safetensors(path: Path, max_bytes: int | None = None) -> SafetensorsFile:
+def open_safetensors(path: Path, max_bytes: int | None = None, max_header: int = MAX_HEADER_BYTES) -> SafetensorsFile:
     """Open `path` and validate its header completely; the elements are not read.
 
-    Args: max_bytes: the most that a sound file can have; a larger one is refused before any of it is read, because
-        JSON takes 20 times its size once it is parsed.
+    Args: max_bytes: the most that a sound file can have; a larger one is refused before any of it is read. max_header:
+        the most that its header can have; JSON takes 30 times its size once it is parsed.
     Raises: InputError: no regular file, not safetensors (a pickle is named as such), or a header that is damaged or
         lies: bad JSON, dtypes, shapes, or offsets that overlap, leave gaps or do not end with the file.
     """
@@ -167,7 +170,7 @@ def open_safetensors(path: Path, max_bytes: int | None = None) -> SafetensorsFil
     try:
         if max_bytes is not None and status.st_size > max_bytes:
             raise InputError(f"{path}: it has {status.st_size} bytes, but a sound one has at most {max_bytes}.")
-        tensors, metadata = _header(path, handle, status.st_size)
+        tensors, metadata = _header(path, handle, status.st_size, max_header)
     except BaseException:
         os.close(handle)
         raise
@@ -190,7 +193,7 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read_into(handle: int, buffer: memoryview, offset: int) -> bool:
@@ -204,7 +207,7 @@ def _read_into(handle: int, buffer: memoryview, offset: int) -> bool:
     return True
 
 
-def _header(path: Path, handle: int, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _header(path: Path, handle: int, size: int, most: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     start = bytearray(LENGTH_BYTES + 1)
     if size < len(start):
         raise InputError(f"{path}: it has {size} bytes, too few for a safetensors file; it is empty or cut short.")
@@ -220,6 +223,8 @@ def _header(path: Path, handle: int, size: int) -> tuple[dict[str, TensorInfo], 
         raise InputError(
             f"{path}: its header claims {length} bytes, but {size - LENGTH_BYTES} follow; it is cut short."
         )
+    if length > most:
+        raise InputError(f"{path}: its header has {length} bytes, but a sound one has at most {most}.")
     text = bytearray(length)
     if not _read_into(handle, memoryview(text), LENGTH_BYTES):
         raise InputError(f"{path}: it became shorter while it was read; run again on a file at rest.")

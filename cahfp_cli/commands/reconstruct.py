@@ -108,9 +108,14 @@ def reconstruct(
     console = Console(json=json, quiet=quiet)
     rule_named(rule, trim)
     step = Step(server_lr, server_momentum, before)
-    for path in (report_file, html):
-        if path is not None:
-            check_file_target(path, force)
+    reports = [path for path in (report_file, html) if path is not None]
+    for path in reports:
+        check_file_target(path, force)
+    if reports and dry_run:
+        raise UsageError("--report and --html tell of what was merged, and --dry-run merges nothing.")
+    targets = [path.resolve() for path in (output, *reports)]
+    if len(set(targets)) < len(targets):
+        raise UsageError("--output, --report and --html: two of them are the same file.")
     keep_freed_memory()
     with console.progress("merging", of_bytes=True) as progress:
         report = merge.reconstruct(
@@ -149,7 +154,7 @@ def _options(
     rule: str, trim: float | None, keep_compensation: bool, clip: str | None, step: Any, partial: bool
 ) -> dict[str, Any]:
     """What is recorded: everything that the result depends on and that its inputs do not say, unless it is default."""
-    from cahfp_cli.checkpoint.digest import file_sha256
+    from cahfp_cli.checkpoint.digest import content_digest
 
     options: dict[str, Any] = {"rule": rule}
     given = {
@@ -158,7 +163,7 @@ def _options(
         "clip": clip,
         "server_lr": step.rate if step.rate != 1 else None,
         "server_momentum": step.momentum or None,
-        "before": file_sha256(step.before) if step.before is not None and step.before.is_file() else None,
+        "before": None if step.before is None else content_digest(step.before),
         "partial": partial or None,
     }
     return options | {name: value for name, value in given.items() if value is not None}

@@ -312,7 +312,8 @@ def read_index_map(path: Path, checkpoint: Tensors | None = None) -> IndexMap:
         are not there, indices that are not int32, one-dimensional, strictly increasing and within their axis, or
         factors that are not float32, within their bounds and of a weight.
     """
-    with open_safetensors(path, None if checkpoint is None else most_bytes(checkpoint)) as file:
+    limits = () if checkpoint is None else (most_bytes(checkpoint), most_header(checkpoint))
+    with open_safetensors(path, *limits) as file:
         record = read_metadata(file, IndexMapMetadata)
         arrays = _read_arrays(file)
     tensors: dict[str, TensorMap] = {}
@@ -352,9 +353,14 @@ def read_index_map(path: Path, checkpoint: Tensors | None = None) -> IndexMap:
 def most_bytes(checkpoint: Tensors) -> int:
     """More bytes than a map of `checkpoint` has: each axis of each tensor with its own indices and factors, a table
     like the checkpoint's header with all quotes escaped, and room for provenance, buffers and rewrites."""
-    header = min((info.start for info in checkpoint.tensors.values()), default=0)
     lengths = [length for info in checkpoint.tensors.values() for length in info.shape]
-    return ROOM_BYTES + 4 * header + sum(AXIS_BYTES + ENTRY_BYTES * length for length in lengths)
+    return most_header(checkpoint) + sum(ENTRY_BYTES * length for length in lengths)
+
+
+def most_header(checkpoint: Tensors) -> int:
+    """The part of `most_bytes` that is no indices or factors."""
+    header = min((info.start for info in checkpoint.tensors.values()), default=0)
+    return ROOM_BYTES + 4 * header + AXIS_BYTES * sum(len(info.shape) for info in checkpoint.tensors.values())
 
 
 def check_against(index_map: IndexMap, file: Tensors) -> None:

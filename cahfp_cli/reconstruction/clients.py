@@ -17,12 +17,12 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.pruning.files import REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, without_factors
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
-from cahfp_cli.reconstruction.gate import checked_numbers, read_upload
+from cahfp_cli.reconstruction.gate import checked_numbers, header_bytes, read_upload
 from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.partial import Partial, read_partial
-from cahfp_cli.reconstruction.rules import Floats
+from cahfp_cli.reconstruction.rules import RULES, Floats, Rule
 
-MAX_REPORT_BYTES = 16_000_000
+MAX_REPORT_BYTES = 1_000_000
 LEAST_WEIGHT, GREATEST_WEIGHT = 1e-9, 1e15  # sums and quotients of weights in this range neither overflow nor vanish
 
 
@@ -90,6 +90,10 @@ class Gate:
     maps: Path | None = None
     max_examples: float = GREATEST_WEIGHT
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_examples <= GREATEST_WEIGHT:
+            raise UsageError(f"--max-examples {self.max_examples}: give a number above 0, at most {GREATEST_WEIGHT:g}.")
+
 
 def read_clients(
     checkpoint: Tensors,
@@ -97,7 +101,7 @@ def read_clients(
     paths: Sequence[Path],
     weights: Mapping[Path, float],
     gate: Gate,
-    by_curvature: bool = False,
+    rule: Rule = RULES["fill"],
     keep_compensation: bool = False,
     threads: int = 1,
 ) -> tuple[list[Client], list[Refusal], list[str]]:
@@ -105,14 +109,15 @@ def read_clients(
     that did not, and warnings.
 
     Args: digest: content digest of `checkpoint`. weights: by path, what takes precedence over recorded num_examples.
-        by_curvature: read the clients' curvature too. keep_compensation: leave factors in. threads: clients read at a
-        time.
-    Raises: UsageError: no client, one twice, a weight for one that is not listed, that is no positive number or of an
-        aggregate. InputError: without `skip_invalid`, a client is not a sound submodel of `checkpoint`, or only some
-        have a num_examples.
+        rule: what they are read for. keep_compensation: leave factors in. threads: clients read at a time.
+    Raises: UsageError: no client, one twice, a weight for one that is not listed, that is no positive number, of an
+        aggregate, or for a rule that does not weigh; an aggregate for such a rule. InputError: without `skip_invalid`,
+        a client is not a sound submodel of `checkpoint`.
     """
     _check_paths(paths)
     given = _by_path(paths, weights)
+    if given and rule.of_values is not None:
+        raise UsageError(f"--weight: all clients count the same by the rule {rule.name}.")
     read: list[tuple[Client, float | None]] = []
     refused: list[Refusal] = []
 
@@ -123,7 +128,7 @@ def read_clients(
 
     def tried(path: Path) -> tuple[Client, float | None] | InputError:
         try:
-            return _read(checkpoint, digest, path, given.get(path), gate, by_curvature, keep_compensation)
+            return _read(checkpoint, digest, path, given.get(path), gate, rule, keep_compensation)
         except InputError as error:
             return error
 
@@ -132,23 +137,21 @@ def read_clients(
             refuse(path, found)
         else:
             read.append(found)
-    recorded = any(examples is not None for _, examples in read)
     clients = []
     for client, examples in read:
-        if recorded and examples is None:
-            refuse(
-                client.path,
-                InputError(
-                    f"{client.path}: it records no num_examples, while other clients do.\n"
-                    f"Pass --weight {client.path}=N with the number of examples that it was trained on."
-                ),
-            )
-            continue
         weight = 1.0 if examples is None else float(examples)
         clients.append(replace(client, weight=weight, order=(*client.order[:2], weight)))
-    warning = "no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."
-    warnings = [warning] if len(clients) > 1 and not recorded else []
-    return in_merging_order(clients), refused, warnings
+    unknown = [client.path for client, examples in read if examples is None]
+    return in_merging_order(clients), refused, _warnings(unknown, len(read)) if rule.of_values is None else []
+
+
+def _warnings(unknown: Sequence[Path], clients: int) -> list[str]:
+    """Args: unknown: clients of which nobody says how many examples they were trained on."""
+    if not unknown or clients < 2:
+        return []
+    if len(unknown) == clients:
+        return ["no submodel records num_examples, so all clients count the same; pass --weight DIR=N to weigh them."]
+    return [f"{path} records no num_examples and counts as one example; pass --weight {path}=N." for path in unknown]
 
 
 def _read(
@@ -157,14 +160,21 @@ def _read(
     path: Path,
     given: float | None,
     gate: Gate,
-    by_curvature: bool,
+    rule: Rule,
     keep_compensation: bool,
 ) -> tuple[Client, float | None]:
     """One client, and the number of examples that it counts for, if that is known."""
     if path.is_file():
         if given is not None:
             raise UsageError(f"--weight {path}: a partial aggregate has the weights of its clients.")
+        if rule.of_values is not None:
+            raise UsageError(f"{path}: the rule {rule.name} needs every client's own values, not an aggregate.")
         partial = read_partial(checkpoint, digest, path)
+        if partial.keep_compensation != keep_compensation:
+            kept = "with" if partial.keep_compensation else "without"
+            raise InputError(f"{path}: it was aggregated {kept} --keep-compensation; do the same here.")
+        if partial.by_curvature and rule.previous_counts:
+            raise InputError(f"{path}: it was aggregated by curvature, which the rule {rule.name} cannot take.")
         own = (InputFile(file=path.name, sha256=partial.sha256),)
         client = Client(
             path,
@@ -183,7 +193,8 @@ def _read(
     if given is None and examples is not None:
         _check_examples(path, examples, gate.max_examples)
     index_map = without_factors(upload.index_map) if keep_compensation else upload.index_map
-    curvature = read_curvature(path, upload.file, index_map) if by_curvature else None
+    room = header_bytes(checkpoint)
+    curvature = read_curvature(path, upload.file, index_map, room) if rule.by_curvature else None
     name = path.resolve().name
     inputs = tuple(InputFile(file=f"{name}/{file}", sha256=found) for file, found in sorted(upload.sha256.items()))
     if curvature is not None:

@@ -1,7 +1,7 @@
 """What a client says about the curvature of its loss, weight by weight, for the rule that averages by it.
 
 `curvature.safetensors` in a submodel folder has, for each weight of the submodel (not for running statistics), the
-diagonal of the curvature on the client's own data, of the same name and shape, float and not negative. It is the
+diagonal of the curvature on the client's own data, of the same name and shape, float32 and not negative. It is the
 client's own claim, and clients that fit their data report almost none: so it only counts relative to the mean of its
 own tensor, floored and capped, and never says how much a client weighs as a whole (after Fisher merging, Matena and
 Raffel 2022).
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array, raw_bytes
+from cahfp_cli.checkpoint.dtypes import DTYPES, Array, raw_bytes
+from cahfp_cli.checkpoint.metadata import CurvatureMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
@@ -23,6 +24,7 @@ from cahfp_cli.pruning.files import CURVATURE
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, factor_product, listed, weights_of
 from cahfp_cli.reconstruction.rules import Floats
 
+DTYPE = "F32"
 FLOOR, CAP = 0.1, 10.0
 """Bounds of a weight's curvature over the mean of its tensor's."""
 
@@ -47,27 +49,31 @@ class Curvature:
         return np.clip(rows / mean, FLOOR, CAP) if mean > 0 else np.ones_like(rows)
 
 
-def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap) -> Curvature:
+def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap, max_header: int) -> Curvature:
     """Read and check a client's curvature.
 
-    Args: index_map: with the factors that are taken out of the submodel before it is merged.
-    Raises: InputError: there is none, or it does not have the submodel's weights, or numbers that are negative or not
-        finite.
+    Args: index_map: with the factors that are taken out of the submodel before it is merged. max_header: bytes that a
+        sound header has at most.
+    Raises: InputError: there is none, it is of another checkpoint, does not have the submodel's weights, or has numbers
+        that are negative or not finite.
     """
     wanted = weights_of(index_map)
     path = folder / CURVATURE
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; `cahfp train --curvature` writes it, or choose another rule.")
-    with open_safetensors(path) as file:
+    elements = sum(math.prod(submodel.tensors[name].shape) for name in wanted)
+    with open_safetensors(path, DTYPES[DTYPE].itemsize * elements + max_header, max_header) as file:
+        if read_metadata(file, CurvatureMetadata).checkpoint != index_map.checkpoint:
+            raise InputError(f"{path}: it belongs to another checkpoint; measure it again.")
         if file.tensors.keys() != wanted:
             raise InputError(
                 f"{path}: it must have the submodel's weights; at odds: {listed(sorted(file.tensors.keys() ^ wanted))}."
             )
         digest, means = hashlib.sha256(file.read_header()), {}
         for info in sorted(file.tensors.values(), key=lambda info: info.start):
-            if info.dtype not in FLOATS or info.shape != submodel.tensors[info.name].shape:
+            if info.dtype != DTYPE or info.shape != submodel.tensors[info.name].shape:
                 raise InputError(
-                    f"{path}: tensor {shown(info.name)} is {info.dtype} {list(info.shape)}, not floats of shape "
+                    f"{path}: tensor {shown(info.name)} is {info.dtype} {list(info.shape)}, not {DTYPE} "
                     f"{list(submodel.tensors[info.name].shape)}."
                 )
             sums: list[float] = []

@@ -86,7 +86,8 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         int(np.prod(entry.submodel_shape, dtype=np.float64)) * checkpoint.tensors[name].itemsize
         for name, entry in index_map.tensors.items()
     )
-    with open_safetensors(folder / TENSORS, elements + header_bytes(checkpoint)) as file:
+    room = header_bytes(checkpoint)
+    with open_safetensors(folder / TENSORS, elements + room, room) as file:
         metadata = read_metadata(file, SubmodelMetadata)
         _check_digest(file.path, metadata.checkpoint, digest, checkpoint)
         _check_tensors(file, index_map)
@@ -102,8 +103,8 @@ def checked_numbers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> s
         are not as they were sent out.
     """
     sha256 = _check_contents(file)
-    _check_integers(file, index_map, checkpoint)
-    _check_statistics(file, index_map, checkpoint)
+    check_integers(file, index_map, checkpoint)
+    check_statistics(file, index_map, checkpoint)
     return sha256
 
 
@@ -176,7 +177,7 @@ def _check_contents(file: Stored) -> str:
     return digest.hexdigest()
 
 
-def _check_integers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> None:
+def check_integers(file: Tensors, index_map: IndexMap, checkpoint: Tensors) -> None:
     """No training changes an integer but a batch counter, so anything else must be what was sent out."""
     for name, entry in index_map.tensors.items():
         info = checkpoint.tensors[name]
@@ -195,7 +196,7 @@ def _check_integers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> N
             )
 
 
-def _check_statistics(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> None:
+def check_statistics(file: Tensors, index_map: IndexMap, checkpoint: Tensors) -> None:
     """Pooling variances squares the distances between means, so that one client's mean could make the result too large
     for its dtype. The distance between two clients is at most twice the larger of theirs to the global mean."""
     for name, entry in index_map.tensors.items():

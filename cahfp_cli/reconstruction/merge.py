@@ -18,7 +18,7 @@ from cahfp_cli.checkpoint.digest import content_digest, file_sha256, row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputFile, Provenance, metadata_or_none
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
-from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
+from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, check_only_shards, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
@@ -81,6 +81,8 @@ def reconstruct(
     ):
         sharded = isinstance(checkpoint, ShardedCheckpoint) and not partial
         (check_folder_target if sharded else check_file_target)(output, force)
+        if sharded:
+            check_only_shards(output)
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
         digest, *own = in_order(
             lambda path: _checked_digest(checkpoint) if path is None else file_sha256(path),
@@ -88,9 +90,8 @@ def reconstruct(
             threads,
         )
         clients, refused, warnings = read_clients(
-            checkpoint, digest, submodels, weights or {}, gate, chosen.by_curvature, keep_compensation, threads
+            checkpoint, digest, submodels, weights or {}, gate, chosen, keep_compensation, threads
         )
-        _check_aggregates(clients, chosen, keep_compensation)
         every = audit or clip is not None or max_update is not None
         clients, updates, moved_too_far = _measured(clients, checkpoint, every, max_update, skip_invalid)
         refused = [*refused, *moved_too_far]
@@ -154,17 +155,6 @@ def _check_options(
             raise UsageError(f"{name} {value}: give a number above 0.")
 
 
-def _check_aggregates(clients: Sequence[Client], rule: Rule, keep_compensation: bool) -> None:
-    for client in clients:
-        if client.partial is None:
-            continue
-        if rule.of_values is not None:
-            raise UsageError(f"{client.path}: the rule {rule.name} needs every client's own values, not an aggregate.")
-        if client.partial.keep_compensation != keep_compensation:
-            kept = "with" if client.partial.keep_compensation else "without"
-            raise UsageError(f"{client.path}: it was aggregated {kept} --keep-compensation; do the same here.")
-
-
 def _measured(
     clients: Sequence[Client], checkpoint: Tensors, every: bool, max_update: float | None, skip_invalid: bool
 ) -> tuple[list[Client], list[Update | None], list[Refusal]]:
@@ -209,9 +199,9 @@ def _completed(
     """With the inputs that took part, `own` of the global checkpoint, by their last names and in sorted order, and with
     their given weights."""
     inputs = [*own, *(one for client in clients for one in client.inputs)]
-    took_part = {client.path for client in clients}
+    took_part = {client.path.resolve() for client in clients}
     given: list[JsonValue] = [
-        [path.resolve().name, weight] for path, weight in sorted(weights.items()) if path in took_part
+        [path.resolve().name, weight] for path, weight in sorted(weights.items()) if path.resolve() in took_part
     ]
     options = {**provenance.options, **({"weights": given} if given else {})}
     ordered = tuple(sorted(inputs, key=lambda one: (one.file, one.sha256)))

@@ -18,32 +18,36 @@ import numpy as np
 from pydantic import Field
 
 from cahfp_cli.checkpoint.digest import row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array, raw_bytes
+from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest, raw_bytes
 from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap, listed
-from cahfp_cli.reconstruction.gate import check_block, header_bytes
+from cahfp_cli.reconstruction.curvature import CAP
+from cahfp_cli.reconstruction.gate import check_block, check_integers, check_statistics, header_bytes, mean_of
 from cahfp_cli.reconstruction.rules import Floats
 
 VALUE, WEIGHT, COUNT = "value", "weight", "count"
 ELEMENT_BYTES = 8 + 8 + 4
 """Of a value, a weight and a count."""
+MOST_CLIENTS = 100_000
+"""The report counts, for each tensor, how many entries 0, 1, 2, ... clients hold."""
 ROUNDING = 1e-9
 """What a sum of weights may be off, as a share."""
 
 
 class PartialMetadata(Record):
     """clients: how many are aggregated; weight: the sum of their weights. keep_compensation: whether factors were left
-    in."""
+    in. by_curvature: whether coordinates are weighed by curvature beside that."""
 
     format: Literal["cahfp.partial/1"] = "cahfp.partial/1"
     checkpoint: Digest
-    clients: Annotated[int, Field(ge=1, le=2**31)]
-    weight: Annotated[float, Field(gt=0, le=1e24, allow_inf_nan=False)]
+    clients: Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+    weight: Annotated[float, Field(ge=1e-9, le=1e24, allow_inf_nan=False)]
     keep_compensation: bool = False
+    by_curvature: bool = False
     provenance: Provenance
 
 
@@ -56,6 +60,7 @@ class Partial:
     weight: float
     members: int
     keep_compensation: bool
+    by_curvature: bool
     sha256: str
 
     @property
@@ -91,7 +96,8 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
     Raises: InputError: it is not one, of another checkpoint, or its tensors do not fit together.
     """
     elements = sum(math.prod(info.shape) * ELEMENT_BYTES for info in checkpoint.tensors.values())
-    with open_safetensors(path, elements + 3 * header_bytes(checkpoint)) as file:
+    room = 3 * header_bytes(checkpoint)
+    with open_safetensors(path, elements + room, room) as file:
         metadata = read_metadata(file, PartialMetadata)
         if metadata.checkpoint != digest:
             raise InputError(
@@ -107,14 +113,28 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
             _check_shapes(file, info)
         hashed = hashlib.sha256(file.read_header())
         for info in sorted(file.tensors.values(), key=lambda info: info.start):
-            _check_numbers(file, info, metadata, hashed)
+            _check_numbers(file, info, metadata, checkpoint, hashed)
         for info in checkpoint.tensors.values():
             _check_held(file, info)
-    whole = {
-        info.name: TensorMap(info.shape, info.dtype, (None,) * len(info.shape)) for info in checkpoint.tensors.values()
-    }
-    index_map = IndexMap(digest, whole)
-    return Partial(file, index_map, metadata.weight, metadata.clients, metadata.keep_compensation, hashed.hexdigest())
+            mean = mean_of(info.name, checkpoint.tensors)
+            if mean is not None:
+                _check_pair(file, mean, info.name)
+        whole = {
+            info.name: TensorMap(info.shape, info.dtype, (None,) * len(info.shape))
+            for info in checkpoint.tensors.values()
+        }
+        partial = Partial(
+            file,
+            IndexMap(digest, whole),
+            metadata.weight,
+            metadata.clients,
+            metadata.keep_compensation,
+            metadata.by_curvature,
+            hashed.hexdigest(),
+        )
+        check_integers(partial, partial.index_map, checkpoint)
+        check_statistics(partial, partial.index_map, checkpoint)
+    return partial
 
 
 def _check_shapes(file: SafetensorsFile, info: TensorInfo) -> None:
@@ -127,15 +147,33 @@ def _check_shapes(file: SafetensorsFile, info: TensorInfo) -> None:
         raise InputError(f"{file.path}: what it has of tensor {shown(info.name)} does not fit the global checkpoint's.")
 
 
-def _check_numbers(file: SafetensorsFile, info: TensorInfo, metadata: PartialMetadata, hashed: "hashlib._Hash") -> None:
-    kind = info.name.partition(".")[0]
-    most = {WEIGHT: metadata.weight * (1 + ROUNDING), COUNT: metadata.clients}.get(kind, np.inf)
+def _check_numbers(
+    file: SafetensorsFile,
+    info: TensorInfo,
+    metadata: PartialMetadata,
+    checkpoint: Tensors,
+    hashed: "hashlib._Hash",
+) -> None:
+    kind, _, name = info.name.partition(".")
+    of_weight = metadata.weight * (1 + ROUNDING) * (CAP if metadata.by_curvature else 1)
+    most = {WEIGHT: of_weight, COUNT: metadata.clients}.get(kind, np.inf)
+    dtype = checkpoint.tensors[name].dtype
     for first, last in row_blocks(info):
         block = file.read_rows(info.name, first, last)
         hashed.update(raw_bytes(block))
         check_block(file.path, info, block)
         if kind != VALUE and ((block < 0).any() or (block > most).any()):
             raise InputError(f"{file.path}: {shown(info.name)} is negative or more than all of its clients have.")
+        if kind == VALUE and dtype in FLOATS and (np.abs(block) > largest(dtype)).any():
+            raise InputError(f"{file.path}: {shown(info.name)} has numbers too large for {dtype}.")
+
+
+def _check_pair(file: SafetensorsFile, mean: str, variance: str) -> None:
+    """Mean and variance are pooled together, so the same clients must hold them."""
+    for kind in (WEIGHT, COUNT):
+        left, right = (file.tensors[f"{kind}.{name}"] for name in (mean, variance))
+        if left.shape != right.shape or not np.array_equal(file.read(left.name), file.read(right.name)):
+            raise InputError(f"{file.path}: it weighs {shown(mean)} and {shown(variance)} differently.")
 
 
 def _check_held(file: SafetensorsFile, info: TensorInfo) -> None:

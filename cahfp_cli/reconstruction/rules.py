@@ -87,7 +87,10 @@ def trimmed_mean(values: Floats, trim: float) -> Floats:
     cut = np.maximum(np.floor(trim * holders), holders >= 3)
     number = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
     kept = (number >= cut) & (number < holders - cut)
-    return np.asarray(np.where(kept, ordered, -0.0).sum(axis=0, initial=-0.0) / np.maximum(kept.sum(axis=0), 1))
+    total = np.full(values.shape[1:], -0.0)
+    for own in np.where(kept, ordered, -0.0):  # one by one: NumPy's sum has another order for blocks of one number
+        total += own
+    return np.asarray(total / np.maximum(kept.sum(axis=0), 1))
 
 
 def median(values: Floats) -> Floats:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array
+from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
@@ -45,15 +45,18 @@ def brought(part: Part, name: str, previous: Array, path: Path) -> Array:
     """The rows that a client brings of tensor `name`, without factors, as clipped; float, of the part's own shape.
 
     Args: previous: the global checkpoint's values, of the block's shape. path: of the global checkpoint.
-    Raises: InputError: without its factors, a number is too large.
+    Raises: InputError: without its factors, a number is too large for the tensor's dtype, so that it could make the
+        result so, whatever the others bring.
     """
     values = part.read(name)
     if part.factors:
-        values = unscaled(values, previous[part.places], part.factors)
-        if not np.isfinite(values).all():
+        dtype = part.client.index_map.tensors[name].dtype
+        with np.errstate(over="ignore"):  # refused below
+            values = unscaled(values, previous[part.places], part.factors)
+        if not (np.abs(values) <= largest(dtype)).all():
             raise InputError(
                 f"{part.client.path}: without its factors, tensor {shown(name)} has numbers too large for "
-                f"{part.client.index_map.tensors[name].dtype}; train it again from {path}."
+                f"{dtype}; train it again from {path}."
             )
     shrink = part.client.shrink[is_statistic(name)]
     if shrink < 1:
@@ -63,7 +66,10 @@ def brought(part: Part, name: str, previous: Array, path: Path) -> Array:
 
 
 def measured(client: Client, checkpoint: Tensors) -> Update:
-    """One pass over a client and what it holds of the checkpoint. Sums are exact, so blocks do not matter."""
+    """One pass over a client and what it holds of the checkpoint. Sums are exact, so blocks do not matter.
+
+    Raises: InputError: its update is too large to have a norm.
+    """
     squares: dict[bool, tuple[list[float], list[float]]] = {False: ([], []), True: ([], [])}
     for info in checkpoint.tensors.values():
         for first, last in row_blocks(info) if info.dtype in FLOATS else ():
@@ -72,12 +78,20 @@ def measured(client: Client, checkpoint: Tensors) -> Update:
                 before = previous[part.places].astype(np.float64)
                 after = brought(part, info.name, previous, checkpoint.path).astype(np.float64)
                 moved, started = squares[is_statistic(info.name)]
-                moved += _row_sums((after - before) ** 2)
-                started += _row_sums(before**2)
-    of_weights, of_statistics = (
-        Norms(math.sqrt(math.fsum(moved)), math.sqrt(math.fsum(before))) for moved, before in squares.values()
-    )
+                with np.errstate(over="ignore"):  # refused below
+                    moved += _row_sums((after - before) ** 2)
+                    started += _row_sums(before**2)
+    of_weights, of_statistics = (Norms(_root(moved), _root(before)) for moved, before in squares.values())
+    if not math.isfinite(of_weights.ratio + of_statistics.ratio):
+        raise InputError(f"{client.path}: its update is too large to have a norm; train it again, or leave it out.")
     return Update(of_weights, of_statistics)
+
+
+def _root(squares: list[float]) -> float:
+    try:
+        return math.sqrt(math.fsum(squares))
+    except OverflowError:
+        return math.inf
 
 
 def check_update(client: Client, update: Update, most: float | None) -> None:
@@ -116,13 +130,12 @@ def agreement(client: Client, checkpoint: Tensors, merged: Tensors) -> float | N
                 result = after[part.places].astype(np.float64) - before
                 for sums, product in zip(products, (own * result, own**2, result**2), strict=True):
                     sums += _row_sums(product)
-    together, own_square, result_square = map(math.fsum, products)
-    length = math.sqrt(own_square) * math.sqrt(result_square)
-    return together / length if length > 0 else None
+    length = _root(products[1]) * _root(products[2])
+    return math.fsum(products[0]) / length if 0 < length < math.inf else None
 
 
 def _row_sums(values: Floats) -> list[float]:
     """Row by row, so that the sums do not depend on how many rows come at a time."""
-    rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    rows = np.ascontiguousarray(values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1))
     sums: list[float] = rows.sum(axis=1).tolist()
     return sums

@@ -87,6 +87,10 @@ def write_partial(
         clients=sum(client.members for client in this.clients),
         weight=float(sum(client.weight for client in this.clients)),
         keep_compensation=keep_compensation,
+        by_curvature=any(
+            client.curvature is not None or (client.partial is not None and client.partial.by_curvature)
+            for client in this.clients
+        ),
         provenance=provenance,
     )
     write_safetensors(target, specs, blocks, dump_metadata(record))

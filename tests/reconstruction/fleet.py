@@ -10,14 +10,16 @@ from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import DTYPES, dtype_code
 from cahfp_cli.checkpoint.metadata import (
     CheckpointMetadata,
+    CurvatureMetadata,
     ModelSpec,
     Provenance,
     SubmodelMetadata,
     dump_metadata,
+    read_metadata,
 )
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, write_index_map
+from cahfp_cli.pruning.index_map import IndexMap, IndexMapMetadata, TensorMap, gather, write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")
@@ -223,3 +225,20 @@ def oracle(it: Fleet, rule: str, name: str) -> np.ndarray:
             mean += sum(n * (mu - center) ** 2 for n, _, mu in entries) / total
         merged[place] = mean
     return merged
+
+
+def curvature(folder: Path, submodel: dict[str, np.ndarray], make) -> dict[str, np.ndarray]:
+    """Write what `make` says of each weight as the client's curvature."""
+    made = {
+        name: np.asarray(make(name, tensor), np.float32)
+        for name, tensor in submodel.items()
+        if tensor.dtype != np.int64 and "running" not in name
+    }
+    with open_safetensors(folder / "index_map.safetensors") as file:
+        digest = read_metadata(file, IndexMapMetadata).checkpoint
+    save_arrays(folder / "curvature.safetensors", made, curvature_metadata(digest))
+    return made
+
+
+def curvature_metadata(digest: str) -> dict[str, str]:
+    return dump_metadata(CurvatureMetadata(checkpoint=digest, samples=8, provenance=PROVENANCE))

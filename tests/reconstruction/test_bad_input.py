@@ -128,7 +128,6 @@ FAULTS = {
         lambda it: remap(it, "head.bias", TensorMap((5,), "F32", (None,))),
     ),
     "mean and variance of different channels": (lambda it: it.folders[1], "other channels", break_pair),
-    "one client without num_examples": (lambda it: it.folders[1], "--weight", lambda it: resave(it, examples=None)),
     "absurd num_examples": (lambda it: it.folders[1], "--weight", lambda it: resave(it, examples=10**300)),
     "report that is no JSON": (
         lambda it: it.folders[1] / "report.json",

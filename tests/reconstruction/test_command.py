@@ -150,6 +150,31 @@ def test_dry_run_checks_and_writes_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_reports_must_not_take_each_others_place(tmp_path):
+    it = fleet(tmp_path, 4, 2)
+    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    for more, words in (
+        (["--report", out], "the same file"),
+        (["--report", report, "--html", report], "the same file"),
+        (["--report", report, "--dry-run"], "merges nothing"),
+    ):
+        done = run(it.checkpoint, *it.folders, "-o", out, "--force", *more)
+        assert done.returncode == 2 and words in done.stderr
+    assert not out.exists() and not report.exists()
+
+
+def test_the_record_names_weights_by_any_path_and_the_checkpoint_before(tmp_path):
+    it = fleet(tmp_path, 4, 2)
+    out = tmp_path / "out.safetensors"
+    weight, momentum = f"{it.folders[0].name}=77", ["--server-momentum", "0.5", "--before", it.checkpoint]
+    done = run(it.checkpoint, *it.folders, "-o", out, "--weight", weight, *momentum, cwd=it.folders[0].parent)
+    assert done.returncode == 0, done.stderr
+    with open_safetensors(out) as file:
+        options = read_metadata(file, CheckpointMetadata).provenance.options
+    assert options["weights"] == [[it.folders[0].name, 77.0]]
+    assert options["before"] == content_digest(it.checkpoint)
+
+
 def test_many_clients_need_few_open_files(tmp_path):
     it = fleet(tmp_path, 4, 60)
     done = run(

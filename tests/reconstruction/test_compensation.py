@@ -240,13 +240,17 @@ def test_a_factor_that_the_checkpoint_itself_does_not_bear_is_refused(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_number_that_is_too_large_only_before_averaging_is_merged(tmp_path):
+def test_a_number_that_is_too_large_without_its_factor_is_refused(tmp_path):
+    """Averaged with others it might fit, but one such client of a few could make the result too large."""
     client = one_weight(tmp_path, "F16", [0.0], [30000.0], [0.25])
     tensors = load(tmp_path / "global.safetensors")
     whole = IndexMap(arrays_digest(tensors), {"w": TensorMap((1, 1), "F16", (None, None))})
     other = save_client(tmp_path / "other", tensors, whole, 30)
-    reconstruct(tmp_path / "global.safetensors", [client, other], tmp_path / "out", provenance=PROVENANCE)
-    assert load(tmp_path / "out")["w"].tolist() == [[30000.0]]  # (10 * 120000 + 30 * 0) / 40
+    both, out = [client, other], tmp_path / "out"
+    with pytest.raises(InputError, match="too large for F16"):
+        reconstruct(tmp_path / "global.safetensors", both, out, provenance=PROVENANCE)
+    report = reconstruct(tmp_path / "global.safetensors", both, out, provenance=PROVENANCE, skip_invalid=True)
+    assert [one.path for one in report.refused] == [client] and load(out)["w"].tolist() == [[0.0]]
 
 
 def test_factors_of_rows_go_with_their_rows(tmp_path, monkeypatch):

@@ -202,6 +202,15 @@ def test_weights_come_from_the_option_then_metadata_then_report_and_else_are_equ
     found, warnings = weights_of(reported, other)
     assert found == {"reported": 1, "other": 1}
     assert "num_examples" in warnings[0]
+    found, warnings = weights_of(reported, recorded)
+    assert found == {"reported": 1, "recorded": 6}  # what others record is no reason to leave one out
+    assert len(warnings) == 1 and f"{reported} records no num_examples" in warnings[0]
+    assert weights_of(reported, recorded, rule="median")[1] == ()
+    with pytest.raises(UsageError, match="count the same"):
+        weights_of(reported, recorded, rule="median", weights={reported: 3.0})
+    for most in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(UsageError, match="--max-examples"):
+            weights_of(reported, recorded, max_examples=most)
     assert not (tmp_path / "o").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, bits, fleet, load, merge
+from fleet import PROVENANCE, bits, curvature, fleet, load, merge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,8 +57,36 @@ def test_aggregates_work_with_curvature_and_not_with_robust_rules(tmp_path):
             partial(it, it.folders, "x", rule=rule)
     with pytest.raises(UsageError, match="has the weights of its clients"):
         merge(it, folders=[low], weights={low: 3.0})
-    with pytest.raises(UsageError, match="without --keep-compensation"):
+    with pytest.raises(InputError, match="without --keep-compensation"):
         merge(it, folders=[low], keep_compensation=True)
+
+
+def test_aggregates_by_curvature_give_what_all_clients_give(tmp_path):
+    it = fleet(tmp_path, 4, 5, dtype="F64")
+    random = np.random.default_rng(0)
+    for folder, submodel in zip(it.folders, it.submodels, strict=True):
+        curvature(folder, submodel, lambda name, tensor: random.exponential(size=tensor.shape) ** 3)
+    flat, _ = merge(it, "curvature")
+    low = partial(it, it.folders[:2], "low", rule="curvature")
+    middle = partial(it, [low, *it.folders[2:3]], "middle", rule="curvature")
+    tree, _ = merge(it, "curvature", folders=[middle, *it.folders[3:]])
+    for name, tensor in flat.items():
+        np.testing.assert_allclose(tree[name], tensor, rtol=1e-13, err_msg=name)
+    with pytest.raises(InputError, match="aggregated by curvature"):
+        merge(it, "fill", folders=[middle, *it.folders[3:]])
+    _, report = merge(it, "fill", folders=[middle, *it.folders[3:]], skip_invalid=True)
+    assert [one.path for one in report.refused] == [middle]
+
+
+def test_an_aggregate_of_next_to_no_weight_is_refused(tmp_path):
+    it = fleet(tmp_path, 4, 2)
+    low = partial(it, it.folders, "low")
+    with open_safetensors(low) as file:
+        arrays, record = {name: file.read(name) for name in file.tensors}, json.loads(file.metadata["cahfp"])
+    for changes in ({"weight": 5e-324}, {"clients": 2**31}):
+        save_arrays(low, arrays, {"cahfp": json.dumps(record | changes)})
+        with pytest.raises(InputError, match=next(iter(changes))):
+            merge(it, folders=[low])
 
 
 DAMAGE = {
@@ -70,6 +98,11 @@ DAMAGE = {
     "value dtype": lambda a: a | {"value.bn1.weight": a["value.bn1.weight"].astype(np.float32)},
     "nan": lambda a: a | {"value.bn1.weight": a["value.bn1.weight"] * np.nan},
     "variance": lambda a: a | {"value.bn1.running_var": -a["value.bn1.running_var"]},
+    "too large": lambda a: a | {"value.head.bias": a["value.head.bias"] * 1e300},
+    "counter": lambda a: a | {"value.bn1.num_batches_tracked": np.asarray(2**63 - 1)},
+    "counter below 0": lambda a: a | {"value.bn1.num_batches_tracked": np.asarray(-5)},
+    "far mean": lambda a: a | {"value.bn1.running_mean": a["value.bn1.running_mean"] + 1e30},
+    "pair": lambda a: a | {"weight.bn1.running_mean": a["weight.bn1.running_mean"] * 0.5},
     "missing": lambda a: {name: array for name, array in a.items() if name != "value.scale"},
     "extra": lambda a: a | {"value.more": np.ones(2)},
 }
@@ -90,15 +123,16 @@ def test_a_damaged_aggregate_is_refused_or_left_out(tmp_path, damage):
     assert {n: bits(t) for n, t in left.items()} == {n: bits(t) for n, t in alone.items()}
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
 @pytest.mark.parametrize("rule", ["fill", "covered", "median", "trimmed-mean"])
-def test_blocks_threads_and_order_change_no_bit(tmp_path, monkeypatch, rule):
-    it = fleet(tmp_path, 8, 5, widths=(3, 70, 30), compensated=True)
+def test_blocks_threads_and_order_change_no_bit(tmp_path, monkeypatch, rule, dtype):
+    it = fleet(tmp_path, 8, 10, dtype, widths=(3, 40, 20), compensated=True)
     merge(it, rule, clip="median")
     whole = (tmp_path / "merged.safetensors").read_bytes()
-    for size in (1 << 20, 5000, 100):
+    for size in (1 << 20, 5000, 100, 8):
         for module in ("cahfp_cli.checkpoint.digest", "cahfp_cli.reconstruction.round"):
             monkeypatch.setattr(f"{module}.BLOCK_BYTES", size)
-        for threads in (1, 4):
+        for threads in (1, 4) if size > 8 else (1,):
             merge(it, rule, clip="median", threads=threads, folders=it.folders[::-1])
             assert (tmp_path / "merged.safetensors").read_bytes() == whole, (size, threads)
 
@@ -146,6 +180,14 @@ def test_a_sharded_checkpoint_comes_out_in_the_same_shards(tmp_path, by_folder):
     with pytest.raises(InputError, match="--force"):
         reconstruct(index, it.folders, out, provenance=PROVENANCE)
     reconstruct(index, it.folders, out, provenance=PROVENANCE, force=True)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json.*would be lost"):
+        reconstruct(index, it.folders, out, provenance=PROVENANCE, force=True)
+    assert (out / "config.json").read_text() == "{}"
+    renamed = index.rename(index.with_name("other.safetensors.index.json"))
+    other = tmp_path / "other"
+    reconstruct(renamed, it.folders, other, provenance=PROVENANCE)
+    reconstruct(renamed, it.folders, other, provenance=PROVENANCE, force=True)
 
 
 INDEX_FAULTS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import bits, fleet, load, merge, places, save_global
+from fleet import bits, curvature, curvature_metadata, fleet, load, merge, places, save_global
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -179,16 +179,6 @@ def test_steps_that_make_no_sense_are_refused(tmp_path):
             merge(it, **options)
 
 
-def curvature(folder: Path, submodel: dict[str, np.ndarray], make) -> dict[str, np.ndarray]:
-    made = {
-        name: np.asarray(make(name, tensor), np.float32)
-        for name, tensor in submodel.items()
-        if tensor.dtype != np.int64 and "running" not in name
-    }
-    save_arrays(folder / "curvature.safetensors", made, {})
-    return made
-
-
 def test_curvature_weighs_by_coordinate_but_never_a_client_as_a_whole(tmp_path):
     it = fleet(tmp_path, 9, 3)
     random = np.random.default_rng(0)
@@ -246,7 +236,7 @@ def test_curvature_of_compensated_weights_is_that_of_the_weights_without_factors
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["missing", "lacks", "shape", "negative", "nan", "integer"])
+@pytest.mark.parametrize("fault", ["missing", "lacks", "shape", "negative", "nan", "integer", "wide", "other"])
 def test_curvature_that_is_not_one_is_refused(tmp_path, fault):
     it = fleet(tmp_path, 9, 2)
     for folder, submodel in zip(it.folders, it.submodels, strict=True):
@@ -261,8 +251,11 @@ def test_curvature_that_is_not_one_is_refused(tmp_path, fault):
             "nan": made["conv1.weight"] * np.nan,
         }
         bad["integer"] = made["conv1.weight"].astype(np.int32)
-        made.pop("conv1.weight")
-        save_arrays(path, made | ({} if fault == "lacks" else {"conv1.weight": bad[fault]}), {})
+        bad["wide"] = made["conv1.weight"].astype(np.float64) * 1e308
+        shape = made.pop("conv1.weight").shape
+        if fault != "lacks":
+            made["conv1.weight"] = bad.get(fault, np.ones(shape, np.float32))
+        save_arrays(path, made, curvature_metadata("0" * 64 if fault == "other" else it.maps[1].checkpoint))
     with pytest.raises(InputError, match=r"curvature\.safetensors: "):
         merge(it, "curvature")
     merged, report = merge(it, "curvature", skip_invalid=True)

@@ -2,7 +2,7 @@
 # Federated rounds over Flower as real processes on this machine: one SuperLink and a SuperNode for each of three
 # clients, with TLS and node authentication, on loopback. Certificates and keys are made anew and thrown away.
 # Usage: scripts/federate_local.sh OUTPUT [EXPERIMENT.toml]
-#   OUTPUT      a new folder, as `cahfp simulate` writes it; OUTPUT.logs has the log of each process.
+#   OUTPUT      a new folder, as `cahfp simulate` writes it, without figures; OUTPUT.logs has the log of each process.
 #   EXPERIMENT  of three clients; scripts/federation_local.toml if none is given.
 # DATA=FOLDER gives the nodes data of their own, FOLDER/0.npz and so on, for an experiment with the partition on-device.
 # KILL_NODE=2 kills that client's node after the first round, UNREGISTERED=2 does not register its key, to see that the

@@ -54,10 +54,14 @@ def watched(console: Console, rounds: int) -> Iterator[OnRound]:
 
 
 def warn(console: Console, partition: str, method: str, seed: int, row: Json) -> None:
-    """Say which clients were dropped, and why a round failed."""
+    """Say which clients were dropped or not scored, and why a round failed or could not be evaluated."""
     place = f"{partition}, {method}, seed {seed}, round {row['round']}"
     for client, why in row["dropped"].items():
         console.warn(f"{place}: client {client} dropped: {why}")
+    for client, why in row["unscored"].items():
+        console.warn(f"{place}: client {client} keeps its mask: {why}")
+    if row.get("accuracy", {}).get("broken"):
+        console.warn(f"{place}: nothing could be measured: {row['accuracy']['broken']}")
     if row["failed"] is not None:
         console.warn(f"{place}: the global checkpoint stays as it was: {row['failed']}")
 

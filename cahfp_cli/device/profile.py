@@ -363,7 +363,7 @@ def parse_profile(text: str, origin: str) -> DeviceProfile:
     """A profile from its text; `origin` says in errors where that came from. Raises: InputError: as `read_profile`."""
     try:
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of integers with too many digits
         raise InputError(f"{origin}: not valid TOML: {error}") from None
     try:
         return DeviceProfile.model_validate(content)

@@ -16,6 +16,7 @@ from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import dtype_code
 from cahfp_cli.coupling.slicing import clone
 from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.federation.bound import Part, Terms, terms
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.federation.cutting import compact
@@ -41,19 +42,30 @@ class Assessment:
     """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
     recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut; by_device: of
     each. own, tuned: mean over devices of the submodels as cut, and after one local epoch on the device's own data,
-    where each class of the test data counts by its share of that data; None where only the devices have it."""
+    where each class of the test data counts by its share of that data; None where only the devices have it. broken: why
+    nothing could be measured, as for weights that are too large to compute with; accuracies are 0 then."""
 
     plain: float
     recalibrated: float
-    loss: float
+    loss: float | None
     deployed: float
     own: float | None
     tuned: float | None
     by_device: tuple[float, ...]
+    broken: str | None = None
 
 
 def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
     """Measure the checkpoint that round `number` gave."""
+    try:
+        return _assess(setting, method, number, checkpoint, memory)
+    except InputError as error:
+        known = 0.0 if setting.common.train is not None else None
+        nothing = (0.0,) * len(setting.common.devices)
+        return Assessment(0.0, 0.0, None, 0.0, known, known, nothing, first_line(error))
+
+
+def _assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
     common, test = setting.common, setting.common.test
     assert test is not None
     arrays = load_global(setting, checkpoint)

@@ -71,7 +71,7 @@ class LocalClients:
 
 def choose_client(setting: Setting, number: int, client: int, old: Mask, criterion: str, widths: str) -> Mask:
     """What a client does when asked for its mask, boolean (groups,): it fits its device, and exchanges at most `churn`
-    of the old one's groups; the first, of groups that nobody had scored, it exchanges as it likes.
+    of the old one's groups; in the first round it exchanges as it likes.
 
     Raises: InputError: a score is not finite.
     """

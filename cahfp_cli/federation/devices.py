@@ -60,15 +60,16 @@ def make_devices(
         )
         shares = [f"{name} {getattr(entry, name):g}" for name in ("keep", "params", "macs") if getattr(entry, name)]
         name = " ".join(([profile.name] if profile else []) + shares)
+        place = f"client {len(devices)}, {name}" if entry.profile_text is not None else name
         if not budget and profile is not None:
             if profile.budget is None:
-                raise InputError(f"profile {profile.name} has no budget of its own: give keep, params or macs too.")
+                raise InputError(f"{place}: the profile has no budget of its own: give keep, params or macs too.")
             budget = budget_of_profile(profile.budget)
         cost = compile_workload(workload, profile)
         try:
             widths = uniform(cost, target_of(budget, cost, groups.narrowest))
         except BudgetError as error:
-            raise BudgetError(f"{name}: {error}") from None
+            raise BudgetError(f"{place}: {error}") from None
         devices += [Device(name, budget, cost, widths)] * entry.count
     return tuple(devices)
 

@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from cahfp_cli.checkpoint.metadata import ModelSpec, Record
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.devices import REPORTED
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.partition import ON_DEVICE, parse_partition
 from cahfp_cli.reconstruction.rules import RULES
+from cahfp_cli.significance.registry import find_criterion
 
 Whole = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
@@ -211,8 +212,30 @@ class Experiment(Record):
             raise ValueError(f"quorum is {self.quorum}, more than the {self.clients_per_round} clients_per_round")
         if self.start.public_epochs and self.data.public is None:
             raise ValueError("start.public_epochs needs data.public, the split to train on")
+        self._check_selection()
         self._check_data()
         return self
+
+    def _check_selection(self) -> None:
+        table, default = self.selection, SelectionTable()
+        try:
+            criterion = find_criterion(table.criterion)
+        except UsageError as error:
+            raise ValueError(f"selection.criterion: {error}") from None
+        if table.by == "server":
+            if criterion.signed:
+                raise ValueError(
+                    f"selection.criterion {criterion.name!r} may be negative, and scores that are sent must not: "
+                    "take another, or by = 'client'"
+                )
+            return
+        for key in ("score_mix", "decay"):
+            if getattr(table, key) != getattr(default, key):
+                raise ValueError(
+                    f"selection.{key} is of scores that clients send, and with by = 'client' they send none"
+                )
+        if "cahfp-own" in self.methods:
+            raise ValueError("with selection.by = 'client' every client goes by its own scores: leave out cahfp-own")
 
     def _check_data(self) -> None:
         if not self.on_device:
@@ -242,7 +265,7 @@ def read_experiment(path: Path) -> Experiment:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of integers with too many digits
         raise InputError(f"{path}: not valid TOML: {error}") from None
     try:
         return Experiment.model_validate(content)

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array, dtype_code
+from cahfp_cli.checkpoint.dtypes import Array, dtype_code
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.federation.client import Reply
 from cahfp_cli.federation.devices import Device
 from cahfp_cli.federation.memory import Floats, Mask
-from cahfp_cli.pruning.index_map import IndexMap, last_name
+from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.target import target_of
-from cahfp_cli.reconstruction.gate import VARIANCE
 
 MOST_EXAMPLES = 10**9
 """No device has more samples; a client that says so wants to be all of the average."""
@@ -23,7 +22,8 @@ MOST_SIGNIFICANCE = 1e3
 
 
 def fault_of(reply: Reply, index_map: IndexMap) -> str | None:
-    """Why a reply must not be merged, judged by the server's own index map; None for a sound one."""
+    """Why a reply must not be merged, judged by the server's own index map; None for one that may be. The numbers in
+    its tensors are left to the gate of `reconstruct`."""
     examples: Any = reply.num_examples  # whatever a client sent
     if isinstance(examples, bool) or not isinstance(examples, int | np.integer):
         return "num_examples is not a whole number"
@@ -50,10 +50,6 @@ def _fault_of_tensor(name: str, arrays: Mapping[str, Array], index_map: IndexMap
         code = str(array.dtype)
     if code != entry.dtype:
         return f"{name!r} is {code}, not {entry.dtype}"
-    if entry.dtype in FLOATS and not np.isfinite(array).all():
-        return f"{name!r} holds NaN or Inf"
-    if last_name(name) == VARIANCE and (array < 0).any():
-        return f"{name!r} holds a negative variance"
     return None
 
 
@@ -68,12 +64,16 @@ def checked_scores(significance: Floats, groups: int) -> Floats | None:
     return np.minimum(significance, MOST_SIGNIFICANCE * middle) if middle > 0 else significance
 
 
-def fault_of_mask(mask: Mask, groups: ChannelGroups, device: Device) -> str | None:
-    """Why a mask that a client chose is not one that its device may have; None for a sound one."""
+def fault_of_mask(mask: Mask, groups: ChannelGroups, device: Device, *, even: bool) -> str | None:
+    """Why a mask that a client chose is not one that its device may have; None for a sound one.
+
+    Args: even: whether it must have the share of every layer that the device can hold, or only something of each.
+    """
     if mask.shape != (groups.count,) or mask.dtype != np.bool_:
         return f"its mask is {mask.dtype} {list(mask.shape)}, not one bit for each of {groups.count} groups"
     widths, target = groups.widths(mask), target_of(device.budget, device.cost, groups.narrowest)
-    if (widths < target.least).any() or (widths > target.most).any():
+    least = device.widths if even else target.least
+    if (widths < least).any() or (widths > target.most).any():
         return "its mask has a layer that is narrower or wider than its device may have"
     if not target.limits.fit(device.cost.cost(widths)).all():
         return "its mask is larger than its device's budget"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.digest import arrays_digest
@@ -17,7 +18,7 @@ from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.analysis import check_slice
 from cahfp_cli.device.derived import BACKWARD
 from cahfp_cli.errors import InputError, first_line
-from cahfp_cli.federation.client import Task, rates_of, samples_seen
+from cahfp_cli.federation.client import CPU, Task, rates_of, samples_seen
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.cutting import compact
 from cahfp_cli.federation.experiment import Experiment
@@ -34,23 +35,30 @@ from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.significance.registry import find_criterion
+from cahfp_cli.training.logits import class_logits
 from cahfp_cli.training.sgd import TrainOptions
 
 OPERATIONS_A_MAC = 2
 SCORE_BYTES = 4
 """A significance goes over the wire in float32."""
+TRIED = 8
+"""Samples that a merged network is tried on."""
+LONGEST_REASON = 200
+"""Characters of why a client was left out, which may be the client's own."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a round did. loss: mean training loss of the replies merged, by examples, None if there were none.
-    dropped: why, by client. uploaded: bytes of all replies and scores. flops: of the clients, predicted.
-    failed: why nothing was merged, so that the global checkpoint stayed as it was; None if it went well. merged: masks
-    of the clients whose replies were. coverage: how many entries of each weight 0, 1, 2, ... of them hold."""
+    dropped: why, by client; unscored: why a client's scores or mask were not taken. uploaded: bytes of all replies and
+    scores. flops: of the clients, predicted. failed: why nothing was merged, so that the global checkpoint stayed as it
+    was; None if it went well. merged: masks of the clients whose replies were. coverage: how many entries of each
+    weight 0, 1, 2, ... of them hold."""
 
     memory: Memory
     clients: tuple[int, ...]
     dropped: Mapping[int, str]
+    unscored: Mapping[int, str]
     loss: float | None
     uploaded: int
     flops: float
@@ -90,7 +98,8 @@ def run_round(
     if not eligible.any():
         raise InputError("fedavg-strong: no device of the fleet holds the whole network; leave this method out.")
     clients = picked(len(eligible), experiment.clients_per_round, eligible, setting.seed, number)
-    memory, uploaded, flops = with_scores(setting, method, number, clients.tolist(), memory, fleet)
+    scored = with_scores(setting, method, number, clients.tolist(), memory, fleet)
+    memory, uploaded, flops = scored.memory, scored.uploaded, scored.flops
     situation = situation_of(setting, number, arrays, memory)
     masks = {client: trained_mask(situation, setting, method, client) for client in clients.tolist()}
     dropped: dict[int, str] = {}
@@ -110,22 +119,26 @@ def run_round(
         samples = setting.samples_of(client)
         if samples is None:  # known from the client alone, if it says anything sound
             samples = 0 if isinstance(reply, str) or fault is not None else reply.num_examples
+        elif fault is None and not isinstance(reply, str) and reply.num_examples != samples:
+            fault = f"num_examples is {reply.num_examples}, but it has {samples} samples"
         flops += training_flops(setting, client, task.mask, samples, task.options)
         if isinstance(reply, str) or fault is not None:
-            dropped[client] = str(fault)
+            dropped[client] = str(fault)[:LONGEST_REASON]
             continue
         try:
             admitted.append(merger.admitted(client, reply.arrays, reply.num_examples, task.index_map))
         except InputError as error:
-            dropped[client] = first_line(error)
+            dropped[client] = first_line(error)[:LONGEST_REASON]
             continue
         uploaded += sum(array.nbytes for array in reply.arrays.values())
         losses.append((reply.num_examples, reply.loss))
-    done = Outcome(memory, tuple(clients.tolist()), dropped, None, uploaded, flops, None, {}, {})
+    done = Outcome(memory, tuple(clients.tolist()), dropped, scored.unscored, None, uploaded, flops, None, {}, {})
     try:
         if len(admitted) < experiment.quorum:
             raise InputError(f"{len(admitted)} sound replies, and the quorum is {experiment.quorum}")
         merged = merger.merged(admitted, method.rule or experiment.rule)
+        if not computes(setting, merged.arrays):
+            raise InputError("with the merged weights the network's outputs are not finite")
     except InputError as error:
         with atomic_file(output, force=True) as temporary:
             shutil.copyfile(checkpoint, temporary)
@@ -139,6 +152,18 @@ def run_round(
         merged={client: mask for client, mask in masks.items() if client not in dropped},
         coverage={name: counts[name] for name in common.network.state_dict() if name in counts},  # in its order
     )
+
+
+def computes(setting: Setting, arrays: Mapping[str, Array]) -> bool:
+    """Whether the network gives finite outputs with these weights, which finite weights may be too large for. It keeps
+    them."""
+    common = setting.common
+    samples = common.public or common.test
+    assert samples is not None
+    common.network.load_state_dict({name: to_tensor(array) for name, array in arrays.items()}, strict=False)
+    with torch.inference_mode():
+        logits = class_logits(common.network, samples.x[:TRIED], common.classes, CPU)
+    return bool(torch.isfinite(logits).all())
 
 
 def index_map_of(setting: Setting, mask: Mask, arrays: Mapping[str, Array], digest: str) -> IndexMap:
@@ -197,19 +222,30 @@ def first_memory(setting: Setting, method: Method) -> Memory:
     return Memory.new(np.stack([masks[id(one)] for one in setting.common.devices]))
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Bytes sent, and operations: of a forward pass and one backward pass a class, which computes no gradients of
+    weights and so counts as a forward pass. unscored: why a client's answer was not taken."""
+
+    memory: Memory
+    uploaded: int
+    flops: float
+    unscored: Mapping[int, str]
+
+
 def with_scores(
     setting: Setting, method: Method, number: int, clients: list[int], memory: Memory, fleet: Clients
-) -> tuple[Memory, int, float]:
+) -> Scored:
     """Every `rescore_every` rounds let the clients of the round score the global network on their own data, and renew
     all masks; or let them choose their own, of which an unsound one is as if it had not come.
 
-    An untrained network is not scored: its curvature ranks nothing. Returns the memory, bytes sent, operations: of a
-    forward pass and one backward pass a class, which computes no gradients of weights and so counts as a forward pass.
+    An untrained network is not scored: its curvature ranks nothing.
     """
     table, common, uploaded, flops = setting.experiment.selection, setting.common, 0, 0.0
+    unscored: dict[int, str] = {}
     cold = setting.experiment.start.cold
     if method.scoring == "none" or number % table.rescore_every or (cold and number == 0):
-        return memory, uploaded, flops
+        return Scored(memory, uploaded, flops, unscored)
     criterion = find_criterion(table.criterion if method.scoring == "experiment" else method.scoring)
     for client in clients:
         samples = min(table.samples, setting.samples_of(client) or table.samples)
@@ -218,23 +254,29 @@ def with_scores(
     if table.by == "client":
         masks = {client: memory.masks[client] for client in clients}
         for client, mask in fleet.choose(setting, number, masks, criterion.name, method.widths):
-            if isinstance(mask, str):
+            even = method.widths == "even"
+            fault = (
+                mask
+                if isinstance(mask, str)
+                else fault_of_mask(mask, common.analysis.groups, common.devices[client], even=even)
+            )
+            if isinstance(mask, str) or fault is not None:
+                unscored[client] = str(fault)[:LONGEST_REASON]
                 continue
             uploaded += math.ceil(mask.size / 8)
-            if fault_of_mask(mask, common.analysis.groups, common.devices[client]) is None:
-                memory = memory.with_mask(client, mask)
-        return memory, uploaded, flops
+            memory = memory.with_mask(client, mask)
+        return Scored(memory, uploaded, flops, unscored)
     for client, found in fleet.score(setting, number, clients, criterion.name):
-        if isinstance(found, str):
+        sound = None if isinstance(found, str) else checked_scores(found, common.analysis.groups.count)
+        if sound is None:
+            unscored[client] = found[:LONGEST_REASON] if isinstance(found, str) else "its scores are unsound"
             continue
-        uploaded += SCORE_BYTES * len(found)
-        sound = checked_scores(found, common.analysis.groups.count)
-        if sound is not None:
-            memory = memory.with_score(client, sound, number, table.decay)
+        uploaded += SCORE_BYTES * len(sound)
+        memory = memory.with_score(client, sound, number, table.decay)
     mix = table.score_mix if method.mix is None else method.mix
     churn = table.churn if number else 1.0  # the first masks knew nothing of what a trained network learnt
     memory = renewed(memory, common.devices, common.analysis.groups, mix, churn, SIZED[method.widths])
-    return memory, uploaded, flops
+    return Scored(memory, uploaded, flops, unscored)
 
 
 def trained_mask(situation: Situation, setting: Setting, method: Method, client: int) -> Mask:
@@ -245,7 +287,7 @@ def trained_mask(situation: Situation, setting: Setting, method: Method, client:
     if not method.nesting or random.random() >= setting.experiment.selection.nesting:
         return own
     masks, family = situation.memory.masks, situation.groups.family
-    sizes = masks.sum(axis=1)
+    sizes = np.array([device.widths.sum() for device in situation.devices])  # not of masks, which clients may choose
     smallest = masks[int(random.choice(np.flatnonzero(sizes == sizes.min())))]
     worth = situation.memory.significance(client, 1.0)
     return nested(own, smallest, level(situation.groups) if worth is None else worth, family)

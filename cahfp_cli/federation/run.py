@@ -5,10 +5,11 @@ checkpoint and the memory of that round. `state.json` is replaced last, so a kil
 """
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics
+from cahfp_cli.federation.bound import Terms
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.insulation import insulated
-from cahfp_cli.federation.memory import Memory
+from cahfp_cli.federation.memory import Mask, Memory
 from cahfp_cli.federation.methods import METHODS, Method
 from cahfp_cli.federation.rounds import first_memory, load_global, run_round, situation_of
 from cahfp_cli.federation.setting import Setting
@@ -64,6 +66,7 @@ def run(
             "round": number + 1,
             "clients": list(outcome.clients),
             "dropped": {str(client): why for client, why in outcome.dropped.items()},
+            "unscored": {str(client): why for client, why in outcome.unscored.items()},
             "failed": outcome.failed,
             "loss": outcome.loss,
             "uploaded_bytes": outcome.uploaded + (rows[-1]["uploaded_bytes"] if rows else 0),
@@ -72,7 +75,7 @@ def run(
             "coverage": {tensor: list(counts) for tensor, counts in outcome.coverage.items()},
         }
         if experiment.evaluation.bound_terms:
-            row["bound"] = asdict(bound_terms(setting, number, before, after, outcome.merged))
+            row["bound"] = bound_of(setting, number, before, after, outcome.merged)
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
             found = assess(setting, method, number, after, memory)
             row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back
@@ -85,9 +88,23 @@ def run(
         on_round(row)
     if not (folder / FINAL).exists():
         load_global(setting, global_of(folder, experiment.rounds))
-        renew_statistics(setting, setting.common.network)
+        try:
+            renew_statistics(setting, setting.common.network)
+        except InputError:  # weights that are too large to compute with: the statistics stay as the rounds left them
+            load_global(setting, global_of(folder, experiment.rounds))
         save_checkpoint(folder / FINAL, setting.common.network, setting.common.metadata(), force=True)
     return rows
+
+
+def bound_of(
+    setting: Setting, number: int, before: Path, after: Path, merged: Mapping[int, Mask]
+) -> dict[str, float | None]:
+    """The terms of the bound, None for what is not finite, or all of it where the network's outputs are not."""
+    try:
+        found = asdict(bound_terms(setting, number, before, after, merged))
+    except InputError:
+        found = {field.name: math.nan for field in fields(Terms)}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def write_first(setting: Setting, method: Method, start: Path, target: Path, memory: Memory) -> None:

@@ -123,8 +123,9 @@ def _common(
     input_shape, classes = there[0].input_shape, experiment.data.classes or there[0].classes
     for dataset in there:
         check_fits(dataset, input_shape, classes)
-    if trained is not None:
-        trained = replace(trained, classes=classes)  # a node's own data may lack some
+    trained, tested, public = (  # each may lack some
+        dataset and replace(dataset, classes=classes) for dataset in (trained, tested, public)
+    )
     network = adapt(build(experiment.model, input_shape, classes))
     analysis = analyse(network, input_shape)
     if analysis.groups.count == 0:

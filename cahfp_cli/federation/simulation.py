@@ -16,6 +16,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Trainer, train_client
 from cahfp_cli.federation.clients import Clients, LocalClients
 from cahfp_cli.federation.experiment import Experiment
+from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.run import Row, run
 from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
 from cahfp_cli.training.device import use_threads
@@ -125,6 +126,7 @@ def begin(experiment: Experiment, output: Path, provenance: Provenance, resume: 
     """Make the folder, with the record of the experiment and the checkpoints that all methods start from."""
     check_output(output, experiment, resume)
     common = prepare(experiment, provenance)
+    check_runs(common)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / EXPERIMENT, recorded(experiment))
     for seed in experiment.seeds:
@@ -174,6 +176,22 @@ def check_has_data(experiment: Experiment) -> None:
             "partition on-device: the clients of a simulation have no data of their own.\n"
             "Run it over Flower on many machines, or use by-column(NAME) here."
         )
+
+
+def check_runs(common: Common) -> None:
+    """Raises: InputError: data that cannot be split as a partition says; a method for which too few devices are large
+    enough."""
+    experiment = common.experiment
+    for partition in experiment.partitions:
+        for seed in experiment.seeds:
+            make_setting(common, partition, seed)
+    full = sum(device.is_full for device in common.devices)
+    for name in experiment.methods:
+        if METHODS[name].strong_only and full < experiment.quorum:
+            raise InputError(
+                f"{name}: {full} devices of the fleet hold the whole network, and the quorum is {experiment.quorum}; "
+                "leave this method out."
+            )
 
 
 def check_output(output: Path, experiment: Experiment, resume: bool) -> None:

@@ -18,8 +18,8 @@ PANELS = {
     "uncovered": "gradient that nobody trains",
 }
 SIGNED = "optimisation"
-Run = Sequence[Mapping[str, float]]
-"""The terms of each round."""
+Run = Sequence[Mapping[str, float | None]]
+"""The terms of each round, None for what was not finite."""
 
 
 @plain_style()
@@ -30,7 +30,7 @@ def draw_bound(methods: Mapping[str, Sequence[Run]], title: str) -> Figure:
     panels = figure.subplots(2, 3).reshape(-1)
     for axes, (term, label) in zip(panels, PANELS.items(), strict=True):
         for number, (name, runs) in enumerate(methods.items()):
-            mean = np.mean([[row[term] for row in run] for run in runs], axis=0)
+            mean = np.array([[row[term] for row in run] for run in runs], np.float64).mean(axis=0)  # None becomes NaN
             shown = mean if term == SIGNED else np.where(mean > 0, mean, np.nan)
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
             axes.plot(np.arange(1, len(mean) + 1), shown, style, color=colour, label=name, marker=".", markersize=3)

@@ -43,21 +43,24 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named function of the evidence."""
+    """A named function of the evidence. signed: whether a group may be worth less than nothing."""
 
     name: str
     needs: Needs
+    signed: bool
     function: Callable[[Evidence], Floats]
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: Needs) -> Callable[[Callable[[Evidence], Floats]], Callable[[Evidence], Floats]]:
+def criterion(
+    name: str, *, needs: Needs, signed: bool = False
+) -> Callable[[Callable[[Evidence], Floats]], Callable[[Evidence], Floats]]:
     """Register a criterion under its name on the command line."""
 
     def register(function: Callable[[Evidence], Floats]) -> Callable[[Evidence], Floats]:
-        CRITERIA[name] = Criterion(name, needs, function)
+        CRITERIA[name] = Criterion(name, needs, signed, function)
         return function
 
     return register

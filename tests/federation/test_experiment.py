@@ -6,7 +6,13 @@ import pytest
 
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.experiment import read_experiment
-from tests.federation.small import TOML, write_toml
+from tests.federation.small import TOML, experiment, write_toml
+
+
+def test_with_masks_that_clients_choose_all_go_by_their_own_scores() -> None:
+    with pytest.raises(ValueError, match="leave out cahfp-own"):
+        experiment(methods=["cahfp", "cahfp-own"], selection={"by": "client"})
+    assert experiment(selection={"by": "client", "criterion": "gate-loss"}).selection.by == "client"
 
 
 def test_the_small_experiment_is_read(tmp_path: Path) -> None:
@@ -34,6 +40,10 @@ def test_the_small_experiment_is_read(tmp_path: Path) -> None:
         ("[data]", "[data]\nclasses = 10", "data.classes belongs to the partition on-device"),
         ("dirichlet(0.5)", "on-device", "data.train must be left out"),
         ('"dirichlet(0.5)"', '"on-device", "iid"', "goes with no other"),
+        ("samples = 16", 'samples = 16\ncriterion = "gate-gnn"', "selection.criterion.*no criterion 'gate-gnn'"),
+        ("samples = 16", 'samples = 16\ncriterion = "gate-loss"', "may be negative"),
+        ("samples = 16", 'by = "client"\ndecay = 0.2', "selection.decay"),
+        ("rounds = 2", "rounds = " + "9" * 5000, "not valid TOML"),
         ("[selection]", "[start]\npublic_epochs = 1\n[selection]", "needs data.public"),
     ],
 )

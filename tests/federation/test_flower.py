@@ -116,7 +116,12 @@ def test_nodes_report_their_devices(tmp_path: Path) -> None:
     gone = FlowerClients(grid, deadline=5, joining=0)
     with pytest.raises(InputError, match="client 2 has not reported"):
         described(asked, gone, None)
-    assert described(asked, gone, tmp_path / "flower") == described(asked, fleet, None)  # a resumed run knows it
+    recorded = described(asked, fleet, None)
+    assert described(asked, gone, tmp_path / "flower") == recorded  # a resumed run knows it
+    small.write_text(small.read_text() + "\n# edited meanwhile\n")
+    other = FlowerClients(InProcessGrid(grid.app, 3, configs=configs), deadline=5, joining=0)
+    assert described(asked, other, None) != recorded
+    assert described(asked, other, tmp_path / "flower") == recorded
     small.write_text(text.replace("[budget]", "[bugdet]"))
     grid.configs = {1: configs[1], 2: configs[2]}
     spoiled_fleet = FlowerClients(grid, deadline=5, joining=0)
@@ -257,8 +262,12 @@ def failed(reply: Message, error: Error) -> Message:
     return Message(error=error, metadata=reply.metadata)
 
 
+def long_name(content: RecordDict) -> None:
+    content[ARRAYS] = ArrayRecord({"x" * 5000: Array("F32", (0,), "raw", b"")})
+
+
 BAD: dict[str, tuple[Callable[[Message], Message | None], str]] = {
-    "nan": (spoiled(with_array(nan_at_3)), "holds NaN or Inf"),
+    "nan": (spoiled(with_array(nan_at_3)), "holds NaN or infinite"),
     "shape": (spoiled(with_array(lambda array: array[:1])), "has shape"),
     "broadcastable": (spoiled(with_array(lambda array: array[:1, :1, :1, :1])), "has shape"),
     "dtype": (spoiled(with_array(lambda array: array.astype(np.float16))), "is F16, not F32"),
@@ -281,6 +290,11 @@ BAD: dict[str, tuple[Callable[[Message], Message | None], str]] = {
     "nan loss": (spoiled(with_metric(LOSS, float("nan"))), "its loss"),
     "endless loss": (spoiled(with_metric(LOSS, 1e308)), "its loss"),
     "error": (lambda reply: failed(reply, Error(2, "\nTraceback\n...")), "error: Traceback"),
+    "blank error": (lambda reply: failed(reply, Error(0, " \n ")), "error: without a reason"),
+    "unprintable error": (lambda reply: failed(reply, Error(0, "\x1b[2Jgone")), "error: ?[2Jgone"),
+    "many axes": (spoiled(with_bytes(b"", shape=(0,) * 20_000)), "is not encoded"),
+    "long name": (spoiled(long_name), "longer names"),
+    "others' examples": (spoiled(with_metric(EXAMPLES, 10**6)), "but it has"),
     "silent error": (lambda reply: failed(reply, Error(2)), "error: without a reason"),
     "straggler": (lambda reply: None, "no answer within 5 s"),
 }
@@ -334,6 +348,26 @@ def test_a_node_that_names_no_client_or_one_that_is_taken_has_no_part(silent: di
             assert finals(output) == silent
 
 
+def test_a_node_whose_hello_failed_is_asked_again_and_strangers_count_for_nobody(tmp_path: Path) -> None:
+    asked, hellos = experiment(rounds=2, clients_per_round=6, methods=["heterofl"]), 0
+
+    def change(client: int, reply: Message) -> Message:
+        nonlocal hellos
+        if reply.metadata.message_type == "query.hello" and client == 0:
+            hellos += 1
+            if hellos == 1:
+                return failed(reply, Error(0, "still starting"))
+        if reply.metadata.message_type == "query.hello" and client == 1:
+            reply.content[METRICS] = MetricRecord({CLIENT: 6})
+        return reply
+
+    (run,), _ = over_flower(asked, tmp_path / "out", change)
+    assert [row["dropped"] for row in run.rows] == [
+        {"0": "not connected", "1": "not connected"},
+        {"1": "not connected"},
+    ]
+
+
 def test_a_node_that_goes_is_left_out_and_takes_part_again_when_it_is_back(tmp_path: Path) -> None:
     asked = experiment(clients_per_round=6, methods=["heterofl"])
     grid = InProcessGrid(make_client_app(lambda context: asked.model_dump_json()), asked.clients)
@@ -368,10 +402,12 @@ def test_unsound_scores_leave_no_trace(tmp_path: Path) -> None:
     for name, change in {
         "nan": lambda array: array * np.nan,
         "negative": lambda array: -1 - array,
+        "scalar": lambda array: np.asarray(array[0]),
         "short": lambda array: array[1:],
         "long": lambda array: np.concatenate([array, array]),
     }.items():
-        over_flower(asked, tmp_path / name, scores(change))
+        (run,), _ = over_flower(asked, tmp_path / name, scores(change))
+        assert list(run.rows[0]["unscored"]) == ["0"]
         assert finals(tmp_path / name) == finals(tmp_path / "none"), name
 
 

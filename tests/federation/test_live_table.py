@@ -60,7 +60,8 @@ def test_quiet_and_json_say_nothing_on_a_terminal_that_they_do_not_in_a_pipe(opt
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
-    return {"round": number, "dropped": {}, "failed": None, "loss": 1.0, "uploaded_bytes": 2e6, "seconds": 1.0, **more}
+    sound = {"dropped": {}, "unscored": {}, "failed": None, "loss": 1.0, "uploaded_bytes": 2e6, "seconds": 1.0}
+    return {"round": number, **sound, **more}
 
 
 def test_accuracies_stay_until_the_next_evaluation_and_a_failed_round_is_named() -> None:
@@ -71,10 +72,17 @@ def test_accuracies_stay_until_the_next_evaluation_and_a_failed_round_is_named()
 
 
 def test_warnings_name_who_was_dropped_and_why_a_round_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    warn(Console(quiet=True), "iid", "cahfp", 0, row(2, dropped={"3": "no reply"}, failed="too large"))
+    warn(
+        Console(quiet=True),
+        "iid",
+        "cahfp",
+        0,
+        row(2, dropped={"3": "no reply"}, unscored={"4": "too wide"}, failed="lost"),
+    )
     assert capsys.readouterr().err.splitlines() == [
         "warning: iid, cahfp, seed 0, round 2: client 3 dropped: no reply",
-        "warning: iid, cahfp, seed 0, round 2: the global checkpoint stays as it was: too large",
+        "warning: iid, cahfp, seed 0, round 2: client 4 keeps its mask: too wide",
+        "warning: iid, cahfp, seed 0, round 2: the global checkpoint stays as it was: lost",
     ]
 
 

@@ -13,6 +13,7 @@ from cahfp_cli.checkpoint.digest import content_digest, file_sha256
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.assessment import accuracy_on
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
@@ -148,7 +149,7 @@ def test_a_round_whose_merged_numbers_overflow_fails_and_the_next_goes_on(
 ) -> None:
     """Of sound numbers only variances about distant means can overflow, which the gate does not let in; so the gate is
     told here that they are fine."""
-    monkeypatch.setattr(reconstruction_gate, "_check_statistics", lambda *arguments: None)
+    monkeypatch.setattr(reconstruction_gate, "check_statistics", lambda *arguments: None)
     bad = {(0, client): 1e20 * (-1) ** client for client in range(6)}
 
     def distant(task: Task) -> Reply:
@@ -165,6 +166,55 @@ def test_a_round_whose_merged_numbers_overflow_fails_and_the_next_goes_on(
     simulate(nobody, tmp_path / "failed", PROVENANCE, trainer=distant)
     (after,) = (tmp_path / "failed").rglob("global-*.safetensors")
     assert content_digest(after) == content_digest(tmp_path / "failed" / "start-seed0.safetensors")
+
+
+def test_finite_weights_that_are_too_large_to_compute_with_fail_their_round_only(tmp_path: Path) -> None:
+    def huge(task: Task) -> Reply:
+        reply = train_client(task)
+        if (task.number, task.client) != (0, 3):
+            return reply
+        return replace_all(reply, lambda name: not name.endswith(("tracked", "running_var", "running_mean")), 1e37)
+
+    asked = experiment(rounds=2, clients_per_round=6, methods=["heterofl"], evaluation={"every": 1})
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=huge)
+    first, second = run.rows
+    assert "outputs are not finite" in first["failed"] and not first["dropped"]
+    assert second["failed"] is None and second["accuracy"]["deployed"] > 0.05
+
+
+def test_what_cannot_be_measured_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cahfp_cli.federation.rounds.computes", lambda *arguments: True)  # let it in
+    huge: Callable[[Reply], Reply] = lambda reply: replace_all(reply, lambda n: n.endswith("weight"), 1e37)  # noqa: E731
+    asked = experiment(
+        rounds=2, clients_per_round=6, methods=["heterofl"], evaluation={"every": 1, "bound_terms": True}
+    )
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=first_client_of(huge))
+    for row in run.rows:
+        assert row["accuracy"]["broken"] and row["accuracy"]["deployed"] == 0 and row["accuracy"]["loss"] is None
+        assert None in row["bound"].values()
+
+
+def test_test_data_that_lacks_a_class_is_no_fault(tmp_path: Path) -> None:
+    digits = load_data("digits@test")
+    known = digits.y < 9
+    np.savez(tmp_path / "test.npz", x=digits.x[known], y=digits.y[known])
+    data = {"train": "digits@train[0:400]", "test": f"npz:{tmp_path / 'test.npz'}"}
+    (run,) = simulate(experiment(rounds=1, data=data), tmp_path / "out", PROVENANCE)
+    assert run.rows[0]["accuracy"]["broken"] is None and 0 <= run.rows[0]["accuracy"]["own"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"methods": ["heterofl", "fedavg-strong"], "quorum": 3}, "2 devices of the fleet hold the whole network"),
+        ({"partitions": ["iid", "classes(11)"]}, "only 10 classes"),
+        ({"partitions": ["iid", "by-column(user)"]}, "only npz:FILE has columns"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        simulate(experiment(**changes), tmp_path / "out", PROVENANCE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_that_could_not_be_pooled_and_changed_integers_drop_their_client(tmp_path: Path) -> None:

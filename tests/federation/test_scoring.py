@@ -178,7 +178,7 @@ def test_clients_choose_masks_that_fit_from_scores_that_stay_with_them(tmp_path:
     assert len(sent) == 3 * 4 and all(row["failed"] is None for row in run.rows)
     changed = 0
     for client, old, mask in sent:
-        assert fault_of_mask(mask, groups, devices[client]) is None
+        assert fault_of_mask(mask, groups, devices[client], even=True) is None
         entering = np.bincount(groups.family[mask & ~old], minlength=len(groups.names))
         assert (entering <= 0.2 * groups.widths(mask)).all()
         changed += int(entering.sum())
@@ -188,21 +188,29 @@ def test_clients_choose_masks_that_fit_from_scores_that_stay_with_them(tmp_path:
     )  # devices alike choose for themselves
 
 
+def first_of_each_layer(mask: np.ndarray) -> np.ndarray:
+    family = small().common.analysis.groups.family
+    kept = np.zeros_like(mask)
+    kept[[np.flatnonzero(mask & (family == number))[0] for number in np.unique(family)]] = True
+    return kept
+
+
 def test_a_mask_that_its_device_may_not_have_is_as_if_it_had_not_come(tmp_path: Path) -> None:
     setting = small()
     devices, groups = setting.common.devices, setting.common.analysis.groups
     sound = first_memory(setting, METHODS["cahfp"]).masks[5]
-    assert fault_of_mask(sound, groups, devices[5]) is None
+    assert fault_of_mask(sound, groups, devices[5], even=True) is None
     bad = {
         "all": np.ones_like(sound),
         "none": np.zeros_like(sound),
+        "narrow": first_of_each_layer(sound),
         "short": sound[1:],
         "numbers": sound.astype(np.int64),
         "square": np.stack([sound, sound]),
     }
     digests = set()
     for name, mask in {"silent": None, **bad}.items():
-        assert mask is None or fault_of_mask(mask, groups, devices[5]) is not None
+        assert mask is None or fault_of_mask(mask, groups, devices[5], even=True) is not None
 
         class Choosing(LocalClients):
             def choose(
@@ -212,7 +220,8 @@ def test_a_mask_that_its_device_may_not_have_is_as_if_it_had_not_come(tmp_path: 
                     yield client, found if client != 5 else "silent" if mask is None else mask  # noqa: B023
 
         asked = experiment(rounds=2, clients_per_round=6, selection=BY_CLIENT)
-        simulate(asked, tmp_path / name, PROVENANCE, fleet=Choosing())
+        (run,) = simulate(asked, tmp_path / name, PROVENANCE, fleet=Choosing())
+        assert list(run.rows[1]["unscored"]) == ["5"]
         (final,) = (tmp_path / name).rglob("final.safetensors")
         digests.add(content_digest(final))
     assert len(digests) == 1

@@ -40,6 +40,8 @@ def serve(grid: Grid, context: Context) -> None:
         LOG.info("%s, %s, seed %d, round %d committed", partition, method, seed, row["round"])
         for client, why in row["dropped"].items():
             LOG.warning("round %d: client %s dropped: %s", row["round"], client, why)
+        for client, why in row["unscored"].items():
+            LOG.warning("round %d: client %s keeps its mask: %s", row["round"], client, why)
 
     fleet = FlowerClients(grid, float(config["deadline"]), float(config["joining"]))
     resume, source = bool(config["resume"]), provenance("federate", {}, [path])
@@ -48,7 +50,7 @@ def serve(grid: Grid, context: Context) -> None:
 
 
 def described(asked: Experiment, fleet: FlowerClients, output: Path | None) -> Experiment:
-    """The experiment with the devices that nodes report; of clients that are not here, those that `output` recorded."""
+    """The experiment with the devices that nodes report; those that `output` recorded stay."""
     if not asked.reported:
         return asked
     profiles: dict[int, str] = {}
@@ -57,7 +59,7 @@ def described(asked: Experiment, fleet: FlowerClients, output: Path | None) -> E
         devices = [entry for entry in recorded.fleet for _ in range(entry.count)]
         profiles = {client: one.profile_text for client, one in enumerate(devices) if one.profile_text is not None}
     fleet.meet(asked.clients)
-    return asked.with_reports(profiles | fleet.profiles)
+    return asked.with_reports(fleet.profiles | profiles)
 
 
 server_app = ServerApp()

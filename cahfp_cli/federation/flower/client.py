@@ -4,7 +4,7 @@ A client trusts no architecture that it is sent: it knows the experiment, makes 
 mask of the plan; the message must have the tensors that then are missing, of exactly those shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -132,8 +132,7 @@ def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
     common = setting.common
     sent = unpacked(content.array_records[ARRAYS], size_of(common))
     full = state_arrays(common.network)
-    if not sent.keys() <= full.keys():
-        raise InputError(f"this network has no tensor {sorted(sent.keys() - full.keys())[0]!r}.")
+    check_names(sent, full)
     shapes = {name: blank(full[name].shape, array) for name, array in sent.items()}
     mask = mask_of(plan.mask, common.analysis.groups.count)
     index_map = index_map_of(setting, mask, shapes, plan.checkpoint)
@@ -146,17 +145,34 @@ def received_task(setting: Setting, plan: Plan, content: RecordDict) -> Task:
 
 
 def answer_score(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
-    network = setting.common.network
-    load(network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
+    load_network(setting.common, content)
     found = score_client(setting, plan.number, plan.client, plan.criterion).astype(np.float32)
     return RecordDict({ARRAYS: packed({SIGNIFICANCE: found})})
 
 
 def answer_choose(setting: Setting, plan: Plan, content: RecordDict) -> RecordDict:
-    load(setting.common.network, unpacked(content.array_records[ARRAYS], size_of(setting.common)))
+    load_network(setting.common, content)
     old = mask_of(plan.mask, setting.common.analysis.groups.count)
     found = choose_client(setting, plan.number, plan.client, old, plan.criterion, plan.widths)
     return RecordDict({ARRAYS: packed({MASK: np.packbits(found)})})
+
+
+def load_network(common: Common, content: RecordDict) -> None:
+    """Raises: InputError: the message holds another network."""
+    sent, own = unpacked(content.array_records[ARRAYS], size_of(common)), state_arrays(common.network)
+    check_names(sent, own)
+    for name, array in sent.items():
+        if array.shape != own[name].shape:
+            raise InputError(f"{name!r} is {list(array.shape)}, but this network's is {list(own[name].shape)}.")
+    load(common.network, sent)
+
+
+def check_names(sent: Mapping[str, Array], own: Mapping[str, Array]) -> None:
+    """Raises: InputError: a message has not exactly the tensors of a network."""
+    if sent.keys() != own.keys():
+        raise InputError(
+            f"the message and this network are at odds over tensor {sorted(sent.keys() ^ own.keys())[0]!r}."
+        )
 
 
 def load(network: nn.Module, arrays: dict[str, Array]) -> None:

@@ -3,6 +3,7 @@
 Whatever a node sends, or if it sends nothing until the deadline, the round goes on without it and says why.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from cahfp_cli.federation.setting import Setting
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.pruning.submodel import trained_arrays
 
+LOG = logging.getLogger("flwr")
 LOOK = 0.2
 """Seconds between looks for nodes that have come."""
 LONGEST = 200
@@ -52,7 +54,8 @@ class FlowerClients:
     """deadline: seconds that a node has to answer. joining: seconds that the first question waits for all nodes.
 
     Which node is which client, and which device, is asked of each node once; of two nodes that say that they are the
-    same client, the first stays. nodes, profiles: by client; the text of a profile, where the node sent one.
+    same client, the first stays; one that answered with an error is asked again in the next round. nodes, profiles: by
+    client; the text of a profile, where the node sent one.
     """
 
     grid: Grid
@@ -127,19 +130,25 @@ class FlowerClients:
     def meet(self, expected: int) -> Mapping[int, int]:
         """The nodes that are connected now, by client; only the first time waits until as many are as expected."""
         last = time.monotonic() + (0 if self.waited else self.joining)
+        failed: set[int] = set()
         while True:
             present = set(self.grid.get_node_ids())
+            self.met &= present
             new = present - self.met
             self.met |= new
             hello = [self.message(RecordDict(), f"query.{HELLO}", node, 0) for node in sorted(new)]
             for reply in self.exchange(hello):
                 client = claimed(reply)
-                if client is not None and self.nodes.get(client) not in present:
+                if reply.has_error():
+                    failed.add(reply.metadata.src_node_id)
+                    LOG.warning("node %d says not who it is: %s", reply.metadata.src_node_id, reason_of(reply))
+                elif client is not None and 0 <= client < expected and self.nodes.get(client) not in present:
                     self.nodes[client] = reply.metadata.src_node_id
                     self.profiles |= reported(reply, client)
             here = {client: node for client, node in self.nodes.items() if node in present}
             if len(here) >= expected or time.monotonic() >= last:
                 self.waited = True
+                self.met -= failed
                 return here
             time.sleep(LOOK)
 
@@ -187,11 +196,18 @@ def reported(reply: Message, client: int) -> dict[int, str]:
 def content_of(reply: Message, plan: Plan) -> RecordDict | str:
     """A reply to this plan, or why it is none."""
     if reply.has_error():
-        return f"error: {(reply.error.reason or 'without a reason').strip().splitlines()[0][:LONGEST]}"
+        return f"error: {reason_of(reply)}"
     record = reply.content.get(PLAN)
     if not isinstance(record, ConfigRecord) or record.get(ID) != plan.id:
         return "its reply is not to the plan that it was sent"
     return reply.content
+
+
+def reason_of(reply: Message) -> str:
+    """What a node says went wrong: one line of characters that can be printed."""
+    lines = (line.strip() for line in (reply.error.reason or "").splitlines())
+    first = next(filter(None, lines), "without a reason")[:LONGEST]
+    return "".join(character if character.isprintable() else "?" for character in first)
 
 
 def read_reply(content: RecordDict, task: Task) -> Reply | str:

@@ -6,7 +6,7 @@ from cahfp_cli.significance.registry import Evidence, criterion, gates_of
 from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("gate-loss", needs="gates")
+@criterion("gate-loss", needs="gates", signed=True)
 def gate_loss(evidence: Evidence) -> Floats:
     """Second-order prediction of the change of the loss, 1/2 G_cc - sign(g) max(|g| - shrink error(g), 0), g = dL/dz
     (LeCun et al. 1990 without the assumption that g is zero; soft thresholding by standard errors, Donoho 1995).

@@ -4,7 +4,7 @@ from cahfp_cli.significance.registry import Evidence, criterion, gates_of
 from cahfp_cli.significance.statistics import Floats
 
 
-@criterion("gate-taylor-signed", needs="gates")
+@criterion("gate-taylor-signed", needs="gates", signed=True)
 def gate_taylor_signed(evidence: Evidence) -> Floats:
     """First-order prediction of the change of the loss, -dL/dz (Molchanov et al. 2017, before the absolute value).
 

@@ -21,7 +21,7 @@ BATCH = 32
 """Samples that share one graph of the loss and its gradient."""
 
 
-@criterion("obd", needs="samples")
+@criterion("obd", needs="samples", signed=True)
 def obd(evidence: Evidence) -> Floats:
     """Optimal Brain Damage, 1/2 sum_w w^2 h_w over every parameter of the group (LeCun et al. 1990), h = mean of
     v * (H v) over Rademacher probes v (Bekas et al. 2007), H the Hessian of the mean cross-entropy in these parameters.

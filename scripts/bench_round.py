@@ -27,6 +27,7 @@ from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.simulation import simulate
 from cahfp_cli.provenance import provenance
 from cahfp_cli.pruning.submodel import trained_arrays
+from cahfp_cli.reconstruction.allocator import keep_freed_memory
 
 BAR_SECONDS = 0.3
 CLIENTS = 20
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command does
     figures: dict[str, Any] = {}
     print(f"{'method':<10} {'a client':>9} {'wall':>8} {'least':>8} {'CPU':>8}   seconds a round, {CLIENTS} clients")
     for method in METHODS:

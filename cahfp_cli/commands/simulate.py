@@ -71,10 +71,12 @@ def simulate(
     from cahfp_cli.federation.simulation import SUMMARY, simulate_in_parallel, summary
     from cahfp_cli.federation.simulation import simulate as run
     from cahfp_cli.provenance import provenance
+    from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.training.device import use_threads
 
     asked = read_experiment(experiment)
     use_threads(threads)
+    keep_freed_memory()
 
     source = provenance("simulate", {}, [experiment])
     with watched(console, asked.rounds) as committed:

@@ -19,6 +19,7 @@ from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.run import Row, run
 from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
+from cahfp_cli.reconstruction.allocator import keep_freed_memory
 from cahfp_cli.training.device import use_threads
 
 EXPERIMENT, METRICS, SUMMARY = "experiment.json", "metrics.jsonl", "summary.json"
@@ -152,6 +153,7 @@ def run_alone(
 ) -> tuple[Row, ...]:
     """One run in a process that was made for it."""
     use_threads(threads)
+    keep_freed_memory()
     return tuple(run_plan(prepare(experiment, provenance), plan, output, LocalClients(), lambda row: None))
 
 

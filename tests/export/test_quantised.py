@@ -89,7 +89,8 @@ def run(path, x):
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_the_figures_are_those_of_the_two_files(source, tmp_path, dtype):
-    made = export_quantised(source, tmp_path / "q.onnx", wanted(dtype))
+    # In this machine's own layout: without VNNI, sums of products of 8-bit weights overflow on x86.
+    made = export_quantised(source, tmp_path / "q.onnx", wanted(dtype, layout_of_machine()))
     test = load_data("digits@test")
     expected, found = run(source, test.x), run(tmp_path / "q.onnx", test.x)
     figures = made.comparison
@@ -175,6 +176,8 @@ def same_class(path):
     ],
 )
 def test_the_layout_is_as_asked(small, tmp_path, layout, dtype, largest):
+    if layout_of_machine().reduce_range and not layout.reduce_range:
+        pytest.skip("this machine has no VNNI: sums of products of 8-bit weights overflow, and the file is not kept")
     export_quantised(small, tmp_path / "q.onnx", replace(wanted("int8", layout), compared=same_class(small)))
     graph = onnx.load(tmp_path / "q.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

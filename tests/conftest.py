@@ -5,13 +5,14 @@ pytest-xdist the first worker that needs it makes it, the others wait for a file
 """
 
 import fcntl
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def run_well(*arguments: object, cwd: Path | None = None) -> Done:
     done = run(*arguments, cwd=cwd)
     assert done.code == 0, f"cahfp {' '.join(map(str, arguments))}\n{done.stderr}"
     return done
+
+
+def run_here(*arguments: object) -> Done:
+    """As `run`, in this process: cheaper by the seconds that importing torch takes."""
+    from cahfp_cli.app import main
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before, code = sys.argv, 0
+    sys.argv = ["cahfp", *map(str, arguments)]
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before
+    return Done(code, stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.fixture(scope="session")

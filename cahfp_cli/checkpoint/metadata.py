@@ -14,6 +14,8 @@ KEY = "cahfp"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Scalar = bool | int | float | str | None
+InputDtype = Literal["float32", "int64"]
+"""What data become when they are read: images and features float32, tokens int64."""
 
 
 class Record(BaseModel):
@@ -46,11 +48,12 @@ class ModelSpec(Record):
 
 
 class CheckpointMetadata(Record):
-    """Metadata of a global checkpoint."""
+    """Metadata of a global checkpoint. input_dtype: None in files from before it was recorded."""
 
     format: Literal["cahfp.checkpoint/1"] = "cahfp.checkpoint/1"
     model: ModelSpec | None = None
     input_shape: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    input_dtype: InputDtype | None = None
     classes: Annotated[int, Field(ge=1)] | None = None
     num_examples: Annotated[int, Field(ge=1)] | None = None
     provenance: Provenance
@@ -62,6 +65,7 @@ class SubmodelMetadata(Record):
     format: Literal["cahfp.submodel/1"] = "cahfp.submodel/1"
     model: ModelSpec
     input_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    input_dtype: InputDtype = "float32"
     classes: Annotated[int, Field(ge=1)]
     checkpoint: Digest
     profile: str | None = None

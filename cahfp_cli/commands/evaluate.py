@@ -18,6 +18,7 @@ def evaluate(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     batch_size: options.BatchSize = 256,
     latency: Annotated[
@@ -29,8 +30,7 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure accuracy and loss on data, and on this machine latency and size."""
-    from cahfp_cli.commands.networks import check_there, open_network
-    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.commands.networks import check_data, check_there, open_network
     from cahfp_cli.data.spec import load_data
 
     # Slips in what was typed are answered here, before torch is imported.
@@ -39,6 +39,7 @@ def evaluate(
     dataset = load_data(data, data_root=data_root, default_split="test")
 
     from cahfp_cli.device.quantities import format_bytes, format_seconds
+    from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.training import evaluation
     from cahfp_cli.training.device import pick_device, use_threads
     from cahfp_cli.training.latency import latency as time_network
@@ -53,10 +54,11 @@ def evaluate(
         size = network.stat().st_size
     else:
         where = pick_device(device)
-        opened = open_network(network, model, model_arg, input_shape, classes)
-        check_fits(dataset, opened.input_shape, opened.classes)
+        opened = open_network(network, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype)
+        check_data(dataset, opened)
         metrics = evaluation.evaluate(opened.model, dataset, batch_size, where)
-        timing = time_network(opened.model, opened.input_shape, where) if latency else None
+        dtype = torch_type(opened.input_dtype)
+        timing = time_network(opened.model, opened.input_shape, where, dtype=dtype) if latency else None
         size = opened.files[0].stat().st_size
     lines = [
         f"accuracy  {100 * metrics.accuracy:.2f}% ({metrics.samples} samples of {data})",

@@ -40,6 +40,7 @@ def inspect(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     plot: Annotated[
         Path | None,
@@ -53,13 +54,13 @@ def inspect(
     force: options.Force = False,
 ) -> None:
     """Show what a file holds and how it came to be."""
-    network = {"--model": model, "--model-arg": model_arg, "--input-shape": input_shape, "--classes": classes}
-    check_needed_by("--groups", groups, network)
+    network = {"--model": model, "--model-arg": model_arg, "--input-shape": input_shape, "--input-dtype": input_dtype}
+    check_needed_by("--groups", groups, {**network, "--classes": classes})
     check_needed_by("--plot", plot is not None, {"--submodel": submodel, "--force": force})
     if groups and plot is not None:
         raise UsageError("--plot draws scores: it does not go with --groups.")
     if groups:
-        result = describe_groups(file, model, model_arg, input_shape, classes)
+        result = describe_groups(file, model, model_arg, input_shape, input_dtype, classes)
         Console(json).result(human_groups(result), result)
         return
     result = describe(file) if plot is None else draw(file, plot, submodel, force)
@@ -99,7 +100,12 @@ def draw(file: Path, plot: Path, submodel: Path | None, force: bool) -> Json:
 
 
 def describe_groups(
-    file: Path, model: str | None, model_arg: list[str] | None, input_shape: str | None, classes: int | None
+    file: Path,
+    model: str | None,
+    model_arg: list[str] | None,
+    input_shape: str | None,
+    input_dtype: str | None,
+    classes: int | None,
 ) -> Json:
     """The channel groups of a network."""
     from dataclasses import asdict
@@ -107,9 +113,11 @@ def describe_groups(
     from cahfp_cli.commands.networks import open_network
     from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.coupling.coverage import coverage
+    from cahfp_cli.models.inputs import torch_type
 
-    network = open_network(file, model, model_arg, input_shape, classes)
-    found = coverage(network.model, analyse(network.model, network.input_shape))
+    network = open_network(file, model, model_arg, input_shape, input_dtype, classes)
+    analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
+    found = coverage(network.model, analysis)
     return {
         "kind": "channel groups",
         "file": str(file),

@@ -10,7 +10,8 @@ from cahfp_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cahfp_cli.checkpoint.metadata import ModelSpec
+    from cahfp_cli.checkpoint.metadata import InputDtype, ModelSpec
+    from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.pruning.submodel import LoadedSubmodel
 
 
@@ -25,6 +26,7 @@ class Network:
     model: "nn.Module"
     spec: "ModelSpec"
     input_shape: tuple[int, ...]
+    input_dtype: "InputDtype"
     classes: int
     digest: str
     files: tuple[Path, ...]
@@ -57,10 +59,13 @@ def open_network(
     model: str | None = None,
     model_arg: list[str] | None = None,
     input_shape: str | None = None,
+    input_dtype: str | None = None,
     classes: int | None = None,
+    dtype_of_data: "InputDtype | None" = None,
 ) -> Network:
     """Build the network of a checkpoint, which may be in shards, or of a submodel folder.
 
+    Args: dtype_of_data: of the samples at hand, which counts where neither `input_dtype` nor the file says anything.
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
     from cahfp_cli.coupling.adapters import adapt
@@ -70,9 +75,10 @@ def open_network(
     from cahfp_cli.pruning.submodel import load_submodel
 
     if is_submodel_folder(path):
-        if model_arg or input_shape or classes:
+        if model_arg or input_shape or input_dtype or classes:
             raise UsageError(
-                f"{path} is a submodel folder, which records its model arguments, input shape and classes."
+                f"{path} is a submodel folder, which records its model arguments, classes, and the shape and type of "
+                "its input."
             )
         loaded = load_submodel(path, model)
         about = loaded.metadata
@@ -80,6 +86,7 @@ def open_network(
             model=loaded.model,
             spec=about.model,
             input_shape=about.input_shape,
+            input_dtype=about.input_dtype,
             classes=about.classes,
             digest=about.checkpoint,
             files=(path / TENSORS, path / INDEX_MAP),
@@ -91,12 +98,15 @@ def open_network(
         model=model,
         model_args=parse_model_args(model_arg or []),
         input_shape=parse_shape(input_shape),
+        input_dtype=parse_dtype(input_dtype),
+        dtype_of_data=dtype_of_data,
         classes=classes,
     )
     return Network(
         model=adapt(checkpoint.model),
         spec=checkpoint.spec,
         input_shape=checkpoint.input_shape,
+        input_dtype=checkpoint.input_dtype,
         classes=checkpoint.classes,
         digest=checkpoint.digest,
         files=checkpoint.files,
@@ -123,6 +133,21 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
+def parse_dtype(text: str | None) -> "InputDtype | None":
+    """The value of `--input-dtype`. Raises: UsageError: none that samples have."""
+    match text:
+        case None | "float32" | "int64":
+            return text
+    raise UsageError(f"--input-dtype {text}: choose float32, or int64 for tokens.")
+
+
+def check_data(dataset: "Dataset", network: Network) -> None:
+    """Raises: InputError: the network cannot take these samples, or does not tell their classes apart."""
+    from cahfp_cli.data.dataset import check_fits
+
+    check_fits(dataset, network.input_shape, network.classes, network.input_dtype)
+
+
 def percent(share: float) -> str:
     """0.8941 as `89.4%`."""
     return f"{100 * share:.1f}%"
@@ -133,14 +158,15 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False, [])}
 
 
-def seconds_here(network: "nn.Module", shape: tuple[int, ...], threads: int) -> float:
+def seconds_here(network: "nn.Module", shape: tuple[int, ...], dtype: "InputDtype", threads: int) -> float:
     """Seconds of a call of a network on this machine's CPU, exported and run in ONNX Runtime."""
     from tempfile import TemporaryDirectory
 
     from cahfp_cli.device.stopwatch import seconds_a_call
     from cahfp_cli.export.onnx_file import export_onnx
+    from cahfp_cli.models.inputs import torch_type
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(network, shape, path, {})
+        export_onnx(network, shape, path, {}, dtype=torch_type(dtype))
         return seconds_a_call(path, threads)

@@ -36,6 +36,13 @@ ModelArg = Annotated[
 InputShape = Annotated[
     str | None, typer.Option("--input-shape", help="Shape of one sample, e.g. 3x32x32; recorded in our checkpoints.")
 ]
+InputDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--input-dtype",
+        help="float32, or int64 for tokens; recorded in our checkpoints, else that of the data, else float32.",
+    ),
+]
 Classes = Annotated[
     int | None, typer.Option("--classes", min=1, help="Number of outputs; recorded in our checkpoints.")
 ]

@@ -16,6 +16,7 @@ from cahfp_cli.output import Console, table
 if TYPE_CHECKING:
     from torch import nn
 
+    from cahfp_cli.checkpoint.metadata import InputDtype
     from cahfp_cli.device.profile import DefaultBudget, DeviceProfile
 
 NAME_PATTERN = r"[a-z0-9]+(-[a-z0-9]+)*"
@@ -79,6 +80,7 @@ def predict(
     spec: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     json: options.Json = False,
 ) -> None:
@@ -91,11 +93,12 @@ def predict(
     from cahfp_cli.device.derived import derived
     from cahfp_cli.device.quantities import format_bytes, format_count, format_seconds
     from cahfp_cli.device.workload import make_workload
+    from cahfp_cli.models.inputs import torch_type
 
     device = load_profile(profile)
-    network, shape = _network(model, spec, model_arg, input_shape, classes)
+    network, shape, dtype = _network(model, spec, model_arg, input_shape, input_dtype, classes)
     itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
-    workload = make_workload(analyse(network, shape), itemsizes)
+    workload = make_workload(analyse(network, shape, torch_type(dtype)), itemsizes)
     compiled = compile_workload(workload, device)
     widths = np.asarray(workload.full_widths)
     cost, parts = compiled.cost(widths), compiled.breakdown(widths)
@@ -122,7 +125,7 @@ def predict(
         **asdict(further),
         "operators": operators,
     }
-    seconds = _measured(network, shape, model, device.runtime.threads) if measured else None
+    seconds = _measured(network, shape, dtype, model, device.runtime.threads) if measured else None
     if seconds is not None:
         machine["measured_seconds"] = seconds
     rows = [
@@ -219,11 +222,17 @@ def draw(profile: DeviceProfile, plot: Path, force: bool) -> None:
 
 
 def _network(
-    model: str, spec: str | None, model_arg: list[str] | None, input_shape: str | None, classes: int | None
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """The network that MODEL names: a path that exists, or a spec built with `--input-shape` and `--classes`."""
+    model: str,
+    spec: str | None,
+    model_arg: list[str] | None,
+    input_shape: str | None,
+    input_dtype: str | None,
+    classes: int | None,
+) -> tuple[nn.Module, tuple[int, ...], InputDtype]:
+    """The network that MODEL names, with the shape and type of a sample: a path that exists, or a spec built with
+    `--input-shape`, `--input-dtype` and `--classes`."""
     from cahfp_cli.checkpoint.metadata import ModelSpec
-    from cahfp_cli.commands.networks import open_network, parse_shape
+    from cahfp_cli.commands.networks import open_network, parse_dtype, parse_shape
     from cahfp_cli.models.spec import build, parse_model_args
     from cahfp_cli.pruning.files import TENSORS
 
@@ -233,20 +242,23 @@ def _network(
             path = path.parent
             if not (path / TENSORS).is_file():
                 raise UsageError(f"{model}: no {TENSORS} beside it; give the checkpoint that it was made from.")
-        network = open_network(path, spec, model_arg, input_shape, classes)
-        return network.model, network.input_shape
+        network = open_network(path, spec, model_arg, input_shape, input_dtype, classes)
+        return network.model, network.input_shape, network.input_dtype
     shape = parse_shape(input_shape)
     if shape is None:
         raise UsageError(f"{model} is not a file, so it is taken as a model spec: pass --input-shape, e.g. 3x32x32")
-    return build(ModelSpec(spec=model, args=parse_model_args(model_arg or [])), shape, classes or 10), shape
+    named = ModelSpec(spec=model, args=parse_model_args(model_arg or []))
+    return build(named, shape, classes or 10), shape, parse_dtype(input_dtype) or "float32"
 
 
-def _measured(network: nn.Module, shape: tuple[int, ...], model: str, threads: int) -> float:
+def _measured(network: nn.Module, shape: tuple[int, ...], dtype: InputDtype, model: str, threads: int) -> float:
     """Seconds of a call on this machine: of the ONNX file that MODEL names, or of the network as one."""
     from cahfp_cli.commands.networks import seconds_here
     from cahfp_cli.device.stopwatch import seconds_a_call
 
-    return seconds_a_call(Path(model), threads) if model.endswith(".onnx") else seconds_here(network, shape, threads)
+    if model.endswith(".onnx"):
+        return seconds_a_call(Path(model), threads)
+    return seconds_here(network, shape, dtype, threads)
 
 
 def _page(profile: DeviceProfile) -> str:

@@ -100,6 +100,7 @@ def prune(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
     dtype: Annotated[
@@ -116,7 +117,7 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
-    from cahfp_cli.commands.networks import check_global, given, open_network, recorded
+    from cahfp_cli.commands.networks import check_data, check_global, given, open_network, recorded
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.significance.scores import read_scores
 
@@ -135,9 +136,9 @@ def prune(
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
     from cahfp_cli.coupling.analysis import analyse, cut
-    from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.models.checkpoint_io import to_array
+    from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
@@ -149,11 +150,13 @@ def prune(
 
     use_threads(threads)
     where = pick_device(device)
-    network = open_network(checkpoint, model, model_arg, input_shape, classes)
-    dataset = load_data(data, data_root=data_root, default_split="test") if data else None
-    if dataset is not None:
-        check_fits(dataset, network.input_shape, network.classes)
-    analysis = analyse(network.model, network.input_shape)
+    dataset = load_data(data, data_root=data_root, default_split="test") if data is not None else None
+    found = load_data(calibration, data_root=data_root) if calibration is not None else None
+    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, scored.metadata.input_dtype)
+    for given_data in (dataset, found):
+        if given_data is not None:
+            check_data(given_data, network)
+    analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
     if not belong_together(scored, network, analysis):
         raise InputError(
             f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
@@ -164,11 +167,7 @@ def prune(
             f"{scores}: it has no interactions, so sets cannot be told apart.\nScore again with gate-ggn and without "
             "--no-interactions, or pass --calibration SPEC."
         )
-    samples_of = None
-    if calibration is not None:
-        found = load_data(calibration, data_root=data_root)
-        check_fits(found, network.input_shape, network.classes)
-        samples_of = subset(found, samples, seed)
+    samples_of = subset(found, samples, seed) if found is not None else None
     how = SetOptions(
         rounds=rounds,
         compensate=compensate,
@@ -235,6 +234,7 @@ def prune(
                 metadata = SubmodelMetadata(
                     model=recorded(network.spec),
                     input_shape=network.input_shape,
+                    input_dtype=network.input_dtype,
                     classes=network.classes,
                     checkpoint=network.digest,
                     profile=target.name,
@@ -447,7 +447,7 @@ def choose_verified(
 
     def measure(picked: "Selection") -> float:
         submodel, _ = cut(network.model, analysis, picked.kept)
-        return seconds_here(submodel.cpu(), network.input_shape, threads)
+        return seconds_here(submodel.cpu(), network.input_shape, network.input_dtype, threads)
 
     return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
 

@@ -46,6 +46,7 @@ def score(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
@@ -57,7 +58,7 @@ def score(
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
     from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target
-    from cahfp_cli.commands.networks import check_global, given, open_network
+    from cahfp_cli.commands.networks import check_data, check_global, given, open_network
     from cahfp_cli.errors import InputError, UsageError
 
     console = Console(json, quiet)
@@ -72,8 +73,8 @@ def score(
     import numpy as np
 
     from cahfp_cli.coupling.analysis import analyse
-    from cahfp_cli.data.dataset import check_fits
     from cahfp_cli.data.spec import load_data
+    from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.significance.measure import Measuring, measure, split
     from cahfp_cli.significance.registry import find_criterion
@@ -84,15 +85,16 @@ def score(
     chosen = find_criterion(criterion)
     use_threads(threads)
     where = pick_device(device)
-    network = open_network(checkpoint, model, model_arg, input_shape, classes)
+    dataset = load_data(data, data_root=data_root) if chosen.needs != "weights" else None
+    of_data = None if dataset is None else dataset.input_dtype
+    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, of_data)
     calibration, others = None, None
-    if chosen.needs != "weights":
-        dataset = load_data(data, data_root=data_root)
-        check_fits(dataset, network.input_shape, network.classes)
+    if dataset is not None:
+        check_data(dataset, network)
         calibration, others = split(dataset, samples, held_out, seed)
         if len(calibration) < samples:
             console.warn(f"{data} has only {len(calibration)} samples, fewer than --samples {samples}")
-    analysis = analyse(network.model, network.input_shape)
+    analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
     if analysis.groups.count == 0:
         raise InputError(f"{checkpoint}: no channel group of this network can be pruned.")
     network.model.to(where)
@@ -114,6 +116,7 @@ def score(
         recorded |= {"shrink": shrink} if criterion == "gate-loss" else {}
     metadata = ScoresMetadata(
         checkpoint=network.digest,
+        input_dtype=network.input_dtype,
         criterion=criterion,
         samples=len(calibration) if calibration is not None else None,
         loss=found.gates.loss if found.gates else None,

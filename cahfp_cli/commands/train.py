@@ -35,6 +35,7 @@ def train(
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     input_shape: options.InputShape = None,
+    input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimiser steps instead.")] = None,
@@ -65,8 +66,7 @@ def train(
 ) -> None:
     """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
     from cahfp_cli.checkpoint.atomic import check_file_target, check_folder_target
-    from cahfp_cli.commands.networks import check_there, given
-    from cahfp_cli.data.dataset import check_fits
+    from cahfp_cli.commands.networks import check_data, check_there, given
     from cahfp_cli.data.spec import load_data
 
     console = Console(json, quiet)
@@ -105,10 +105,10 @@ def train(
     check_options(how)
     use_threads(threads)
     where = pick_device(device)
-    network = start(source, dataset, model, model_arg, input_shape, classes, seed)
+    network = start(source, dataset, model, model_arg, input_shape, input_dtype, classes, seed)
     for each in (dataset, tests):
         if each is not None:
-            check_fits(each, network.input_shape, network.classes)
+            check_data(each, network)
 
     with console.progress("training") as progress:
 
@@ -165,24 +165,26 @@ def start(
     model: str | None,
     model_arg: list[str] | None,
     input_shape: str | None,
+    input_dtype: str | None,
     classes: int | None,
     seed: int,
 ) -> "Network":
     """The network to train: the given one, or a new one that fits the data."""
     from cahfp_cli.checkpoint.metadata import ModelSpec
-    from cahfp_cli.commands.networks import Network, open_network, parse_shape
+    from cahfp_cli.commands.networks import Network, open_network, parse_dtype, parse_shape
     from cahfp_cli.models.spec import build, parse_model_args
 
     if source is not None:
-        return open_network(source, model, model_arg, input_shape, classes)
+        return open_network(source, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype)
     if model is None:
         raise UsageError(
             "pass a CHECKPOINT to go on from, or --model SPEC to train from scratch, e.g. --model resnet20"
         )
     spec = ModelSpec(spec=model, args=parse_model_args(model_arg or []))
     shape = parse_shape(input_shape) or dataset.input_shape
+    dtype = parse_dtype(input_dtype) or dataset.input_dtype
     outputs = classes or dataset.classes
-    return Network(build(spec, shape, outputs, seed), spec, shape, outputs, "", (), {}, None)
+    return Network(build(spec, shape, outputs, seed), spec, shape, dtype, outputs, "", (), {}, None)
 
 
 def describe(
@@ -225,6 +227,7 @@ def write_checkpoint(output: Path, network: "Network", examples: int, origin: "P
     metadata = CheckpointMetadata(
         model=recorded(network.spec),
         input_shape=network.input_shape,
+        input_dtype=network.input_dtype,
         classes=network.classes,
         num_examples=examples,
         provenance=origin,

@@ -181,10 +181,10 @@ def trace(subject: Subject, mode: Mode, couplings: Couplings, labels: Mapping[st
     try:
         return run(subject.fresh(), (sample,), training=mode.training, couplings=couplings, labels=labels)
     except Exception as error:  # whatever the user's own forward raises
-        shape = "x".join(map(str, subject.input_shape))
+        shape, dtype = "x".join(map(str, subject.input_shape)), str(subject.dtype).removeprefix("torch.")
         raise InputError(
-            f"the model does not run on an input of shape {shape}: {first_line(error)}\n"
-            "Check --input-shape and --model-arg."
+            f"the model does not run on an input of shape {shape} and type {dtype}: {first_line(error)}\n"
+            "Check --input-shape, --input-dtype and --model-arg."
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cahfp_cli.checkpoint.metadata import InputDtype
 from cahfp_cli.errors import InputError
 
 Samples = npt.NDArray[Any]
@@ -35,6 +36,11 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return tuple(self.x.shape[1:])
+
+    @property
+    def input_dtype(self) -> InputDtype:
+        """The type of the samples."""
+        return "int64" if self.x.dtype == np.int64 else "float32"
 
 
 def make_dataset(x: Any, y: Any, name: str, classes: int | None = None) -> Dataset:
@@ -108,12 +114,22 @@ def sliced(dataset: Dataset, first: int | None, last: int | None) -> Dataset:
     return Dataset(dataset.x[start:stop], dataset.y[start:stop], dataset.classes, dataset.name)
 
 
-def check_fits(dataset: Dataset, input_shape: tuple[int, ...], classes: int) -> None:
-    """Refuse data that a model cannot take. Raises: InputError: the sample's shape differs, or too many classes."""
+def check_fits(
+    dataset: Dataset, input_shape: tuple[int, ...], classes: int, input_dtype: InputDtype = "float32"
+) -> None:
+    """Refuse data that a model cannot take.
+
+    Raises: InputError: the sample's shape or type differs, or too many classes.
+    """
     if dataset.input_shape != tuple(input_shape):
         raise InputError(
             f"{dataset.name}: samples of {times(dataset.input_shape)} do not fit the model, which takes "
             f"{times(input_shape)}. Use the data that the model was made for."
+        )
+    if dataset.input_dtype != input_dtype:
+        raise InputError(
+            f"{dataset.name}: samples of {dataset.input_dtype} do not fit the model, which takes {input_dtype}. "
+            f"Use the data that the model was made for; if it takes both, pass --input-dtype {dataset.input_dtype}."
         )
     if dataset.classes > classes:
         raise InputError(

@@ -43,6 +43,7 @@ class Merger:
         metadata = SubmodelMetadata(
             model=about.model,
             input_shape=about.input_shape,
+            input_dtype=about.input_dtype or "float32",
             classes=about.classes,
             checkpoint=index_map.checkpoint,
             num_examples=int(num_examples),

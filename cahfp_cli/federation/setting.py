@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.checkpoint.digest import content_digest
-from cahfp_cli.checkpoint.metadata import CheckpointMetadata, ModelSpec, Provenance
+from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputDtype, ModelSpec, Provenance
 from cahfp_cli.coupling.adapters import adapt
 from cahfp_cli.coupling.analysis import Analysis, analyse
 from cahfp_cli.data.dataset import Dataset, check_fits
@@ -21,6 +21,7 @@ from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.partition import LEAST_SAMPLES, Indices, parse_partition, split_clients
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import load_checkpoint, save_checkpoint
+from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.spec import build
 from cahfp_cli.reconstruction.rules import RULES
 from cahfp_cli.significance.measure import take
@@ -35,6 +36,7 @@ class Common:
 
     experiment: Experiment
     input_shape: tuple[int, ...]
+    input_dtype: InputDtype
     classes: int
     train: Dataset | None
     test: Dataset | None
@@ -49,6 +51,7 @@ class Common:
         return CheckpointMetadata(
             model=self.experiment.model,
             input_shape=self.input_shape,
+            input_dtype=self.input_dtype,
             classes=self.classes,
             provenance=self.provenance,
         )
@@ -120,20 +123,31 @@ def _common(
     if RULES[experiment.rule].by_curvature:
         raise UsageError(f"rule {experiment.rule!r} needs curvature of each client, which no reply of a round has.")
     there = [dataset for dataset in (trained, tested, public) if dataset is not None]
-    input_shape, classes = there[0].input_shape, experiment.data.classes or there[0].classes
+    input_shape, input_dtype = there[0].input_shape, there[0].input_dtype
+    classes = experiment.data.classes or there[0].classes
     for dataset in there:
-        check_fits(dataset, input_shape, classes)
+        check_fits(dataset, input_shape, classes, input_dtype)
     trained, tested, public = (  # each may lack some
         dataset and replace(dataset, classes=classes) for dataset in (trained, tested, public)
     )
     network = adapt(build(experiment.model, input_shape, classes))
-    analysis = analyse(network, input_shape)
+    analysis = analyse(network, input_shape, torch_type(input_dtype))
     if analysis.groups.count == 0:
         raise InputError(f"{experiment.model.spec}: no channel group of this network can be pruned.")
     itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
     devices = make_devices(experiment.fleet, analysis.groups, analysis, itemsizes)
     return Common(
-        experiment, input_shape, classes, trained, tested, public, network.eval(), analysis, devices, provenance
+        experiment,
+        input_shape,
+        input_dtype,
+        classes,
+        trained,
+        tested,
+        public,
+        network.eval(),
+        analysis,
+        devices,
+        provenance,
     )
 
 
@@ -173,6 +187,7 @@ def write_start(common: Common, seed: int, path: Path) -> str:
             model=spec.spec,
             model_args=spec.args,
             input_shape=common.input_shape,
+            input_dtype=common.input_dtype,
             classes=common.classes,
         )
         network = loaded.model

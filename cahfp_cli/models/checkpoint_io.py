@@ -13,10 +13,18 @@ from torch import nn
 from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.digest import arrays_digest, content_digest
 from cahfp_cli.checkpoint.dtypes import Array
-from cahfp_cli.checkpoint.metadata import CheckpointMetadata, ModelSpec, Scalar, dump_metadata, metadata_or_none
+from cahfp_cli.checkpoint.metadata import (
+    CheckpointMetadata,
+    InputDtype,
+    ModelSpec,
+    Scalar,
+    dump_metadata,
+    metadata_or_none,
+)
 from cahfp_cli.checkpoint.sharded import files_of, open_checkpoint
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.outputs import logits_of
 from cahfp_cli.models.pytorch_file import read_state_dict
 from cahfp_cli.models.spec import BUILT_IN, build, resolve_spec
@@ -36,14 +44,15 @@ class LoadedCheckpoint:
     """A checkpoint as a network.
 
     model: in evaluation mode, on the CPU; its dtypes are the network's own (weights of another floating type in the
-    file were converted). input_shape: of one sample. digest: of the file's tensors, see `content_digest`. files: what
-    was read, several for shards. tensors: those of the file, in its own dtypes; of tied parameters it may hold one name
-    only.
+    file were converted). input_shape, input_dtype: of one sample. digest: of the file's tensors, see `content_digest`.
+    files: what was read, several for shards. tensors: those of the file, in its own dtypes; of tied parameters it may
+    hold one name only.
     """
 
     model: nn.Module
     spec: ModelSpec
     input_shape: tuple[int, ...]
+    input_dtype: InputDtype
     classes: int
     digest: str
     files: tuple[Path, ...]
@@ -67,12 +76,15 @@ def load_checkpoint(
     model: str | None = None,
     model_args: Mapping[str, Scalar] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    input_dtype: InputDtype | None = None,
+    dtype_of_data: InputDtype | None = None,
     classes: int | None = None,
 ) -> LoadedCheckpoint:
     """Build the network of a checkpoint and put its weights in.
 
     What is given here goes before what the file records; a file of someone else's records nothing. `classes` may be
-    missing for a factory that does not ask for it: then the network's output tells.
+    missing for a factory that does not ask for it: then the network's output tells. Where nobody says of which type the
+    samples are, it is that of the data at hand, `dtype_of_data`, or float32.
     Raises: UsageError: the model, input shape or classes are neither given nor recorded, or the file names code to
         run; InputError: the file is damaged, or its tensors are not finite or not those of the model.
     """
@@ -82,6 +94,7 @@ def load_checkpoint(
     input_shape = input_shape or (recorded.input_shape if recorded else None)
     if input_shape is None:
         raise UsageError(f"{path} records no input shape: pass --input-shape, such as 3x32x32.")
+    input_dtype = input_dtype or (recorded.input_dtype if recorded else None) or dtype_of_data or "float32"
     classes = classes or (recorded.classes if recorded else None)
     if spec.spec in BUILT_IN:
         # A lying file could ask for a network of any size: compare shapes before memory is spent on it.
@@ -93,8 +106,10 @@ def load_checkpoint(
     network.load_state_dict(weights.tensors, strict=False)  # complete up to tied names: check_tensors saw to it
     network.eval()
     if classes is None:
-        classes = count_outputs(network, input_shape, path)
-    return LoadedCheckpoint(network, spec, tuple(input_shape), classes, weights.digest, weights.files, weights.tensors)
+        classes = count_outputs(network, input_shape, input_dtype, path)
+    return LoadedCheckpoint(
+        network, spec, tuple(input_shape), input_dtype, classes, weights.digest, weights.files, weights.tensors
+    )
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: CheckpointMetadata, force: bool) -> None:
@@ -201,13 +216,13 @@ def check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise InputError(f"{path}: tensor {name!r} holds NaN or Inf. Train again, or use an earlier checkpoint.")
 
 
-def count_outputs(model: nn.Module, input_shape: tuple[int, ...], path: Path) -> int:
+def count_outputs(model: nn.Module, input_shape: tuple[int, ...], input_dtype: InputDtype, path: Path) -> int:
     """The number of logits that the network gives for one sample of zeros. Raises: InputError: it does not run."""
     try:
         with torch.inference_mode():
-            return logits_of(model(torch.zeros(1, *input_shape))).shape[-1]
+            return logits_of(model(torch.zeros(1, *input_shape, dtype=torch_type(input_dtype)))).shape[-1]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise InputError(
             f"{path}: the model does not run on a sample of {'x'.join(map(str, input_shape))}, so its classes cannot "
-            "be counted. Check --input-shape, or pass --classes N."
+            "be counted. Check --input-shape and --input-dtype, or pass --classes N."
         ) from error

@@ -26,6 +26,7 @@ from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
+from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.spec import build, resolve_spec
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
@@ -140,7 +141,13 @@ def write_submodel(
         write_index_map(folder / INDEX_MAP, index_map, metadata.provenance)
         write_more(folder)
         if onnx:
-            file = export_onnx(model, metadata.input_shape, folder / ONNX, onnx_metadata(metadata))
+            file = export_onnx(
+                model,
+                metadata.input_shape,
+                folder / ONNX,
+                onnx_metadata(metadata),
+                dtype=torch_type(metadata.input_dtype),
+            )
             if storage_limit is not None and file.size > storage_limit:
                 raise VerificationError(
                     f"{output.name}: the ONNX file has {file.size} bytes, more than the storage budget of "
@@ -191,7 +198,8 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     check_map_fits(folder / INDEX_MAP, index_map, network)
     buffers = {name: entry.axes for name, entry in index_map.buffers.items()}
     compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()} | buffers)
-    install_checked(folder / INDEX_MAP, compact, network, index_map.rewrites, metadata.input_shape)
+    sample = torch.empty((1, *metadata.input_shape), dtype=torch_type(metadata.input_dtype), device="meta")
+    install_checked(folder / INDEX_MAP, compact, network, index_map.rewrites, sample)
     check_tensors(folder / TENSORS, tensors, compact)
     check_finite(folder / TENSORS, tensors)
     compact.load_state_dict(tensors, strict=False)
@@ -199,16 +207,15 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
 
 
 def install_checked(
-    path: Path, compact: nn.Module, network: nn.Module, rewrites: tuple[Rewrite, ...], input_shape: tuple[int, ...]
+    path: Path, compact: nn.Module, network: nn.Module, rewrites: tuple[Rewrite, ...], sample: torch.Tensor
 ) -> None:
     """Put a map's rewrites in place. They come from a file, so they may neither break the network nor make it larger:
-    a run on meta tensors shows that, where nothing is allocated.
+    a run on `sample` and a copy of the network, all meta tensors, shows that, where nothing is allocated.
 
     Raises: InputError: they do not fit the network's code.
     """
     if not rewrites:
         return
-    sample = torch.empty((1, *input_shape), device="meta")
     full, cut_down = OperatorLog(), OperatorLog()
     try:
         forward(to_meta(network), (sample,), False, full)
@@ -248,6 +255,7 @@ def onnx_metadata(metadata: SubmodelMetadata) -> dict[str, str]:
         "cahfp.checkpoint": metadata.checkpoint,
         "cahfp.model": spec.model_dump_json(),
         "cahfp.input_shape": "x".join(map(str, metadata.input_shape)),
+        "cahfp.input_dtype": metadata.input_dtype,
         "cahfp.profile": metadata.profile or "",
         "cahfp.tool": metadata.provenance.tool,
     }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from cahfp_cli.checkpoint.metadata import Digest, Provenance, Record, dump_metadata, read_metadata
+from cahfp_cli.checkpoint.metadata import Digest, InputDtype, Provenance, Record, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
@@ -38,10 +38,11 @@ OPTIONAL, INTERACTIONS = ("gradient", "gradient_error", "curvature"), "interacti
 
 class ScoresMetadata(Record):
     """Metadata of `scores.safetensors`. samples is None for a criterion that looks at no data, loss and trust for one
-    that measures no gates."""
+    that measures no gates. input_dtype: of the samples that the network was traced with."""
 
     format: Literal["cahfp.scores/1"] = "cahfp.scores/1"
     checkpoint: Digest
+    input_dtype: InputDtype = "float32"
     criterion: str
     samples: Annotated[int, Field(ge=1)] | None = None
     loss: float | None = None

@@ -38,14 +38,20 @@ def time_calls(call: Callable[[], object], runs: int = RUNS, warm_up: int = WARM
     return Latency(median_ms=float(median), p90_ms=float(p90), runs=runs)
 
 
-def latency(model: nn.Module, input_shape: tuple[int, ...], device: torch.device, runs: int = RUNS) -> Latency:
+def latency(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    device: torch.device,
+    runs: int = RUNS,
+    dtype: torch.dtype = torch.float32,
+) -> Latency:
     """Latency of a module, moved to `device`, on one sample of zeros; its training mode is left as it was.
 
     Raises: InputError: the model does not run on that shape.
     """
     was_training = model.training
     model.to(device).eval()
-    sample = torch.zeros(1, *input_shape, device=device)
+    sample = torch.zeros(1, *input_shape, dtype=dtype, device=device)
 
     def forward() -> None:
         model(sample)

@@ -1,163 +1,181 @@
-"""Coupling over a zoo of architectures: is every model pruned exactly, or pinned, and how much of it can be pruned?
+"""Every command over a zoo of architectures: what runs, what comes out of it, and what is refused and why.
 
-Each model runs in a process of its own, with a time limit: random initialisation (batch-norm statistics and vectors
-randomised too) -> trace and groups -> a random 45% of each family's channels removed -> evaluation and one training
-step -> equality with the full model whose removed entries are zero (families where that must hold) -> gather and
-scatter -> ONNX parity. Needs torchvision, timm and transformers (`pip install 'cahfp[vision]'`).
+Each network runs in a process of its own, with a limit on time and memory, from a checkpoint of random weights:
 
-    python scripts/zoo.py [torchvision] [timm] [transformers] [--quick] [--only NAME] [-o docs/zoo.md]
+    coupling      a random 45% of each family's channels goes; equality with the full network whose removed entries are
+                  zero, where that must hold; a training step; gather and scatter
+    score         `cahfp score` as it comes, on a few samples
+    prune         calibrated, to 60% of the MACs; the folder's tensors against what NumPy gathers from the checkpoint
+    onnx          the file that prune wrote, with its parity
+    load          `cahfp evaluate` of the folder, and the same loss from the ONNX file
+    train         one step on the folder
+    reconstruct   merges the trained folder; and the untrained one, which must give the checkpoint back bit by bit
 
-How to read the table: `share` of the parameters that can be pruned; `kept` of them after this pruning; `masked` is
-the largest difference to the masked full model, relative; `onnx` the same to the exported file; `trace` CPU seconds of
-trace, solve and proof. The last line is JSON: each figure, the bar beside it, and `holds`.
+    python scripts/zoo.py [torchvision] [timm] [transformers] [--quick] [--only NAME] [--shard 1/4] -o results.jsonl
+    python scripts/zoo.py --table docs/zoo.md -o results.jsonl      writes the table of what is in the file
+
+The results file gets one JSON line a network; networks that it has for this commit are not run again without --again.
+Needs torchvision, timm and transformers (`pip install 'cahfp[vision]'`). The last line printed is JSON: of each library
+the share of networks that each command took, the bar beside it, and `holds`.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
+import os
+import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-BARS = {
-    "torchvision": {"ran": 1.0, "masked_exact": 1.0, "scatter_exact": 1.0, "share_0.99": 1.0, "onnx": 0.98},
-    "timm": {"ran": 1.0, "share_0.95": 0.95},
-    "transformers": {"ran": 1.0, "share_0.95": 0.8},
-}
-QUICK = {
-    "torchvision": ["resnet18", "vgg11_bn", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_16"],
-    "timm": ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224", "convnext_atto"],
-    "transformers": ["bert", "gpt2", "llama", "vit", "convnext", "resnet"],
-}
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from zoo_networks import CLASSES, LIBRARIES, QUICK, TOKENS, Subject, names_of, randomise, subject_of  # noqa: E402
+
+STAGES = ("coupling", "score", "prune", "onnx", "load", "train", "reconstruct")
+BARS = {"torchvision": 1.0, "timm": 0.97, "transformers": 1.0}
+"""The least share of networks that every command takes."""
 REMOVED = 0.45
+SAMPLES = 4
+EXACT, CLOSE = 1e-5, 1e-3
+QUIET = ("--threads", "1", "--quiet")
+Record = dict[str, Any]
 
 
-def transformers_configs() -> dict[str, tuple[str, dict[str, Any], str]]:
-    """Architecture -> (model class, configuration, kind of input); small, random, with grouped queries for Llama."""
-    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    image = {"image_size": 64, "num_labels": 10}
-    return {
-        "bert": ("BertForSequenceClassification", {**text, "vocab_size": 99}, "tokens"),
-        "roberta": ("RobertaForSequenceClassification", {**text, "vocab_size": 99}, "tokens"),
-        "distilbert": (
-            "DistilBertForSequenceClassification",
-            {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "vocab_size": 99},
-            "tokens",
-        ),
-        "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99}, "tokens"),
-        "llama": ("LlamaForCausalLM", {**text, "num_key_value_heads": 2, "vocab_size": 99}, "tokens"),
-        "t5": (
-            "T5ForTokenClassification",
-            {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
-            "tokens",
-        ),
-        "vit": ("ViTForImageClassification", {**text, **image, "patch_size": 16}, "image"),
-        "deit": ("DeiTForImageClassification", {**text, **image, "patch_size": 16}, "image"),
-        "swin": (
-            "SwinForImageClassification",
-            {**image, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
-            "image",
-        ),
-        "convnext": ("ConvNextForImageClassification", {"hidden_sizes": [16, 32, 64, 96], **image}, "image"),
-        "resnet": ("ResNetForImageClassification", {"embedding_size": 32, **image}, "image"),
-        "mobilenet_v2": ("MobileNetV2ForImageClassification", image, "image"),
-        "segformer": (
-            "SegformerForImageClassification",
-            {**image, "hidden_sizes": [16, 32, 64, 96], "num_attention_heads": [1, 2, 2, 4]},
-            "image",
-        ),
-        "whisper": (
-            "WhisperForAudioClassification",
-            {
-                "d_model": 64,
-                "encoder_layers": 2,
-                "encoder_attention_heads": 4,
-                "encoder_ffn_dim": 128,
-                "max_source_positions": 50,
-                "num_mel_bins": 20,
-                "num_labels": 10,
-            },
-            "audio",
-        ),
-    }
+class FailedError(Exception):
+    """A stage did not do what it must; the reason, for the table."""
 
 
-def build(library: str, name: str) -> tuple[Any, tuple[int, ...], Any]:
-    """A randomly initialised model, the shape of one sample, and the sample's dtype."""
+@dataclass(frozen=True)
+class Bench:
+    """One network's files: the checkpoint, data of `SAMPLES` samples to measure on and as many held out."""
+
+    folder: Path
+    subject: Subject
+    model: Any
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "global.safetensors"
+
+    @property
+    def data(self) -> str:
+        return f"npz:{self.folder / 'data.npz'}"
+
+    def samples(self, count: int) -> Any:
+        import torch
+
+        generator = torch.Generator().manual_seed(1)
+        if self.subject.tokens:
+            return torch.randint(3, TOKENS, (count, *self.subject.shape), generator=generator)
+        return torch.rand(count, *self.subject.shape, generator=generator)
+
+    def write(self) -> None:
+        import numpy as np
+        from safetensors.torch import save_file
+
+        save_file({n: t.detach().clone().contiguous() for n, t in self.model.state_dict().items()}, self.checkpoint)
+        labels = np.arange(2 * SAMPLES) % CLASSES
+        np.savez(self.folder / "data.npz", x=self.samples(2 * SAMPLES).numpy(), y=labels, classes=np.int64(CLASSES))
+
+
+def cahfp(*arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process: its exit code and what it printed."""
+    from cahfp_cli.app import main
+
+    said, warned, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["cahfp", *map(str, arguments)]
+    code: object = 0
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
+            main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = before
+    return int(code) if isinstance(code, int) else 0, said.getvalue(), warned.getvalue()
+
+
+def well(*arguments: object) -> Record:
+    """What a command that must succeed printed with --json. Raises: FailedError: it did not; its code and message."""
+    code, said, warned = cahfp(*arguments, "--json", "--quiet")
+    if code != 0:
+        lines = [line for line in warned.splitlines() if line.strip() and not line.startswith("warning:")]
+        raise FailedError(f"exit {code}: {' '.join(lines).removeprefix('error: ')[-400:]}")
+    result: Record = json.loads(said)
+    return result
+
+
+# --- what is done with one network ----------------------------------------------------------------------------------
+
+
+def couple(bench: Bench) -> Record:
+    """Groups, a random cut, and what it must be equal to; by the library, since no command shows it."""
+    import copy
+
+    import numpy as np
     import torch
 
-    if library == "torchvision":
-        import torchvision
+    from cahfp_cli.coupling.adapters import adapt
+    from cahfp_cli.coupling.analysis import analyse, cut
+    from cahfp_cli.models.checkpoint_io import state_arrays
+    from cahfp_cli.models.outputs import logits_of
+    from cahfp_cli.pruning.submodel import gather_all, make_index_map
 
-        size = 299 if name == "inception_v3" else 224
-        extra = {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
-        return torchvision.models.get_model(name, weights=None, **extra), (3, size, size), torch.float32
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(name, pretrained=False, num_classes=1000)
-        return model, tuple(model.default_cfg["input_size"]), torch.float32
-    import transformers
-
-    class_name, fields, kind = transformers_configs()[name]
-    model_class = getattr(transformers, class_name)
-    model = model_class(model_class.config_class(**fields))
-    shapes = {"tokens": (16,), "image": (3, 64, 64), "audio": (20, 100)}
-    return model, shapes[kind], torch.int64 if kind == "tokens" else torch.float32
-
-
-def names_of(library: str) -> list[str]:
-    """Every torchvision classifier, one small variant of every timm family, the transformers above."""
-    if library == "torchvision":
-        import torchvision
-
-        return [str(name) for name in torchvision.models.list_models(module=torchvision.models)]
-    if library == "timm":
-        import timm
-
-        families: dict[str, str] = {}
-        for module in sorted(timm.list_modules()):
-            names = [n for n in timm.list_models(module=module) if not n.startswith("test_")]
-            if names:
-                families[module] = min(names, key=lambda n: (variant_size(n), n))
-        return list(families.values())
-    return list(transformers_configs())
-
-
-def variant_size(name: str) -> int:
-    """Small variants first, by the words that timm uses for sizes."""
-    small = ["zepto", "atto", "femto", "pico", "nano", "xxs", "tiny", "mini", "xs", "small"]
-    large = ["base", "medium", "large", "huge", "giant", "gigantic", "enormous"]
-    for size, word in enumerate(small):
-        if word in name:
-            return size
-    return next((len(small) + 1 + size for size, word in enumerate(large) if word in name), len(small))
-
-
-def randomise(model: Any, seed: int) -> None:
-    """Statistics, scales, shifts and heads as a trained network would have them: none zero or one by construction."""
-    import torch
-
-    from cahfp_cli.coupling.slicing import tensors_of
-
-    generator = torch.Generator().manual_seed(seed)
+    model = adapt(copy.deepcopy(bench.model)).eval()
+    sample = bench.samples(2)
+    analysis = analyse(model, bench.subject.shape, sample.dtype)
+    groups = analysis.groups
+    parameters = dict(model.named_parameters())
+    whole = sum(p.numel() for p in parameters.values())
+    prunable = sum(p.numel() for n, p in parameters.items() if any((axis >= 0).any() for axis in groups.labels[n]))
+    reasons: dict[str, int] = {}
+    for (tensor, _), reason in groups.pinned.items():
+        if tensor in parameters and all((axis < 0).all() for axis in groups.labels[tensor]):
+            reasons[reason] = reasons.get(reason, 0) + parameters[tensor].numel()
+    kept = random_mask(groups)
+    compact, rewrites = cut(model, analysis, kept)
+    arrays = state_arrays(model)
+    small = state_arrays(compact)
+    index_map = make_index_map(arrays, groups, kept, "0" * 64, rewrites)
+    scatter = all(np.array_equal(small[n], a) for n, a in gather_all(arrays, index_map).items())
+    exact = kept.copy()
+    for family in groups.not_mask_equivalent:
+        exact[groups.family == family] = True
     with torch.no_grad():
-        for name, tensor in tensors_of(model).items():
-            if not tensor.is_floating_point() or tensor.dim() > 2:
-                continue
-            noise = torch.empty_like(tensor).uniform_(generator=generator)
-            if name.endswith("running_var"):
-                tensor.copy_(0.5 + noise)
-            elif tensor.dim() < 2 or not tensor.any():
-                tensor.add_(0.4 * (noise - 0.5))
+        expected = logits_of(masked(model, groups.indices(exact)).eval()(sample))
+        found = logits_of(cut(model, analysis, exact)[0].eval()(sample))
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    logits_of(compact.train()(sample)).float().square().mean().backward()
+    result = {
+        "share": prunable / whole,
+        "kept": sum(p.numel() for p in compact.parameters()) / whole,
+        "masked": difference,
+        "groups": groups.count,
+        "rewrites": len(rewrites),
+        "pinned": max(reasons, key=lambda r: reasons[r]) if reasons else "",
+    }
+    if not scatter:
+        raise FailedError("gathering gives other tensors than cutting")
+    if not difference <= EXACT:
+        raise FailedError(f"differs from the masked network by {difference:.1e}")
+    return result
 
 
-def random_mask(groups: Any, seed: int) -> Any:
+def random_mask(groups: Any) -> Any:
     """Keeps 55% of each family's groups, but never fewer than its narrowest width."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     kept = np.ones(groups.count, dtype=bool)
     for family in range(len(groups.names)):
         members = np.flatnonzero(groups.family == family)
@@ -185,165 +203,339 @@ def masked(model: Any, indices: Any) -> Any:
     return copy_with(model, zeroed)
 
 
-def examine(library: str, name: str, seed: int, skip_onnx: bool = False) -> dict[str, Any]:
-    """All checks on one model."""
-    import copy
-    import tempfile
+def score(bench: Bench) -> Record:
+    how = ("--samples", SAMPLES, "--held-out", SAMPLES, "-o", bench.folder / "scores.safetensors")
+    said = well("score", bench.checkpoint, *opened(bench), "--data", bench.data, *how, *QUIET)
+    return {"groups": said["groups"]}
 
-    import numpy as np
+
+def prune(bench: Bench) -> Record:
+    """Calibrated; without the ONNX file where only that fails, which then is the stage `onnx`'s to tell."""
+    from safetensors.torch import load_file
+
+    from tests.independent import faults_of_map
+
+    scores = bench.folder / "scores.safetensors"
+    if not scores.exists():  # as `score` says itself; what comes after is tried all the same
+        well("score", bench.checkpoint, *opened(bench), "--criterion", "l1", "-o", scores, *QUIET)
+    folder = bench.folder / "sub"
+    how = ("--scores", scores, "--calibration", bench.data, "--samples", SAMPLES, "--rounds", 2, "--macs", "0.6")
+    command = ("prune", bench.checkpoint, *opened(bench), *how, *QUIET, "-o", folder)
+    refusal = ""
+    try:
+        said = well(*command)
+    except FailedError as failed:
+        refusal = str(failed)
+        said = well(*command, "--no-onnx")
+    report = said["submodels"][0]
+    faults = faults_of_map(load_file(bench.checkpoint), folder)
+    if faults:
+        raise FailedError("; ".join(faults[:3]))
+    predicted, full = report["predicted"], report["full"]
+    return {
+        "params": predicted["params"] / full["params"],
+        "divergence": (report.get("divergence") or {}).get("measured"),
+        "parity": report.get("onnx", {}).get("parity"),
+        "refusal": refusal,
+    }
+
+
+def load(bench: Bench) -> Record:
+    """The folder's loss; the same from its ONNX file."""
+    command = ("--data", bench.data, "--no-latency", "--threads", 1)
+    said = well("evaluate", bench.folder / "sub", *command)
+    exported = bench.folder / "sub" / "model.onnx"
+    if exported.exists():
+        other = well("evaluate", exported, *command)
+        if not abs(said["loss"] - other["loss"]) <= CLOSE * max(1.0, abs(said["loss"])):
+            raise FailedError(f"the loss is {said['loss']:.5g}, and {other['loss']:.5g} from the ONNX file")
+    return {"loss": said["loss"]}
+
+
+def train(bench: Bench) -> Record:
+    step = ("--steps", 1, "--batch-size", SAMPLES, "--lr", "1e-4", "--no-onnx", *QUIET)
+    said = well("train", bench.folder / "sub", "--data", bench.data, *step, "-o", bench.folder / "trained")
+    return {"loss": said["training"]["loss"]}
+
+
+def reconstruct(bench: Bench) -> Record:
+    from safetensors.torch import load_file
+
+    from tests.independent import differing
+
+    whole = load_file(bench.checkpoint)
+    same, merged = bench.folder / "same.safetensors", bench.folder / "merged.safetensors"
+    well("reconstruct", bench.checkpoint, bench.folder / "sub", "-o", same)
+    wrong = differing(whole, load_file(same))
+    if wrong:
+        raise FailedError(f"an untrained submodel changes {len(wrong)} tensors, {wrong[0]} among them")
+    same.unlink()
+    if not (bench.folder / "trained").exists():
+        return {"changed": 0}
+    well("reconstruct", bench.checkpoint, bench.folder / "trained", "-o", merged)
+    changed = differing(whole, load_file(merged))
+    if not changed:
+        raise FailedError("a trained submodel changes nothing")
+    return {"changed": len(changed)}
+
+
+def opened(bench: Bench) -> list[str]:
+    """How the foreign checkpoint is opened."""
+    return [*bench.subject.options(), *(("--input-dtype", "int64") if bench.subject.tokens else ())]
+
+
+DONE_IN_TURN: dict[str, Callable[[Bench], Record]] = {
+    "coupling": couple,
+    "score": score,
+    "prune": prune,
+    "load": load,
+    "train": train,
+    "reconstruct": reconstruct,
+}
+NEEDS = {"load": "sub", "train": "sub", "reconstruct": "sub"}
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def work(library: str, name: str, folder: Path, memory: float) -> None:
+    """All stages of one network, in a process of its own; each leaves a line in `folder`/stages.jsonl."""
     import torch
 
-    from cahfp_cli.coupling.adapters import adapt
-    from cahfp_cli.coupling.analysis import analyse, cut
-    from cahfp_cli.errors import CahfpError
-    from cahfp_cli.export.onnx_file import export_onnx
-    from cahfp_cli.models.checkpoint_io import state_arrays
-    from cahfp_cli.models.outputs import logits_of
-    from cahfp_cli.pruning.submodel import gather_all, make_index_map
-
-    torch.manual_seed(seed)
+    limit = int(memory * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    noise = (folder / "noise.txt").open("w")
+    os.dup2(noise.fileno(), 2)
+    os.dup2(noise.fileno(), 1)
     torch.set_num_threads(1)
-    model, shape, dtype = build(library, name)
-    randomise(model, seed)
-    model = adapt(model).eval()
-    started = time.process_time()
-    analysis = analyse(model, shape, dtype)
-    seconds = time.process_time() - started
-    groups = analysis.groups
-    parameters = dict(model.named_parameters())
-    whole = sum(p.numel() for p in parameters.values())
-    prunable = sum(p.numel() for n, p in parameters.items() if any((axis >= 0).any() for axis in groups.labels[n]))
-    reasons: dict[str, int] = {}
-    for (tensor, _), reason in groups.pinned.items():
-        if tensor in parameters and all((axis < 0).all() for axis in groups.labels[tensor]):
-            reasons[reason] = reasons.get(reason, 0) + parameters[tensor].numel()
-    kept = random_mask(groups, seed)
-    compact, rewrites = cut(model, analysis, kept)
-    sample = torch.rand(2, *shape) if dtype.is_floating_point else torch.randint(0, 90, (2, *shape))
+    torch.manual_seed(0)
+    with (folder / "stages.jsonl").open("w") as log:
 
-    with torch.no_grad():
-        finite = bool(torch.isfinite(logits_of(compact.eval()(sample))).all())
-    loss = logits_of(copy.deepcopy(compact).train()(sample)).float().square().mean()
-    loss.backward()
-    exact = kept.copy()
-    for family in groups.not_mask_equivalent:
-        exact[groups.family == family] = True
-    indices = groups.indices(exact)
-    with torch.no_grad():
-        expected = logits_of(masked(model, indices).eval()(sample))
-        found = logits_of(cut(model, analysis, exact)[0].eval()(sample))
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    arrays = state_arrays(model)
-    index_map = make_index_map(arrays, groups, kept, "0" * 64)
-    cut = state_arrays(compact)
-    scatter = all(np.array_equal(cut[n], a) for n, a in gather_all(arrays, index_map).items())
-    onnx: float | str
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if skip_onnx:
-                raise CahfpError("skipped")
-            onnx = export_onnx(compact, shape, Path(folder) / "model.onnx", {}, dtype=dtype).parity
-        except CahfpError as error:
-            onnx = str(error).splitlines()[0][:160]
-    return {
-        "share": prunable / whole,
-        "kept": sum(p.numel() for p in compact.parameters()) / whole,
-        "masked": difference,
-        "ran": finite and bool(torch.isfinite(loss)),
-        "scatter": scatter,
-        "onnx": onnx,
-        "trace": seconds,
-        "parameters": whole,
-        "groups": groups.count,
-        "rewrites": len(rewrites),
-        "pinned": max(reasons, key=lambda r: reasons[r]) if reasons else "",
-    }
+        def timed(stage: str, run: Callable[[], Record]) -> bool:
+            log.write(json.dumps({"stage": stage, "begun": True}) + "\n")
+            log.flush()
+            before, found = time.process_time(), {}
+            try:
+                found = {"ok": True, **run()}
+            except FailedError as failed:
+                found = {"ok": False, "why": str(failed)}
+            except Exception as error:
+                text = (str(error).splitlines() or [""])[0]
+                found = {"ok": False, "why": f"{type(error).__name__}: {text[:200]}"}
+            found |= {"cpu": round(time.process_time() - before, 2)}
+            log.write(json.dumps({"stage": stage, **found}) + "\n")
+            log.flush()
+            return bool(found["ok"])
+
+        made: list[Bench] = []
+
+        def setup() -> Record:
+            subject, model = subject_of(library, name, folder)
+            randomise(model, 0)
+            made.append(Bench(folder, subject, model.eval()))
+            made[0].write()
+            numbers = sum(p.numel() for p in model.parameters())
+            return {"spec": subject.spec, "args": subject.args, "shape": subject.shape, "parameters": numbers}
+
+        if timed("setup", setup):
+            for stage, run in DONE_IN_TURN.items():
+                if stage not in NEEDS or (folder / NEEDS[stage] / "report.json").exists():
+                    timed(stage, lambda run=run: run(made[0]))  # type: ignore[misc]
+                if stage == "coupling":
+                    made[0] = Bench(folder, made[0].subject, None)  # commands have their own
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        log.write(json.dumps({"stage": "end", "peak_mb": peak // 1024}) + "\n")
 
 
-def run_one(library: str, name: str, seed: int, limit: float, skip_onnx: bool) -> dict[str, Any]:
-    """`examine` in a process of its own."""
-    command = [sys.executable, __file__, "--one", f"{library}:{name}", "--seed", str(seed)]
-    command += ["--skip-onnx"] if skip_onnx else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"ran": False, "error": f"more than {limit:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    return {"ran": False, "error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
+def gathered(library: str, name: str, folder: Path, ending: str) -> Record:
+    """One network's record from the lines that its process left; `ending` says why there may be too few."""
+    stages: dict[str, Record] = {}
+    lines = (folder / "stages.jsonl").read_text().splitlines() if (folder / "stages.jsonl").exists() else []
+    for line in lines:
+        entry = json.loads(line)
+        stages[entry.pop("stage")] = entry
+    for entry in stages.values():
+        if entry.pop("begun", False):
+            entry |= {"ok": False, "why": ending or "the process ended"}
+    setup, end = stages.pop("setup", {"ok": False, "why": ending}), stages.pop("end", {})
+    prune = stages.get("prune", {})
+    parity, refusal = prune.pop("parity", None), prune.pop("refusal", "")
+    if prune.get("ok"):
+        stages["onnx"] = {"ok": parity is not None, "parity": parity, **({"why": refusal} if refusal else {})}
+    cpu = round(sum(entry.get("cpu", 0.0) for entry in (setup, *stages.values())), 1)
+    return {"library": library, "name": name, "cpu": cpu, **end, "setup": setup, "stages": stages}
 
 
-def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.1e}" if 0 < value < 1e-2 else f"{value:.4g}"
-    return "" if value is None else str(value)
+@dataclass
+class Running:
+    """A network's process, its folder, and when it must have ended."""
+
+    library: str
+    name: str
+    home: "tempfile.TemporaryDirectory[str]"
+    process: BaseProcess
+    deadline: float
 
 
-def summary(library: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares of runs that reach each bar."""
-    count = len(results)
+def run_all(jobs: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[Record]:
+    """Records of networks as they end, so many at a time."""
+    preload([library for library, _ in jobs])
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(jobs), []
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            library, name = waiting.pop(0)
+            home = tempfile.TemporaryDirectory(prefix="zoo-", dir=options.folder)
+            process = context.Process(target=work, args=(library, name, Path(home.name), options.memory))
+            process.start()
+            running.append(Running(library, name, home, process, time.monotonic() + options.limit))
+        time.sleep(0.05)
+        for one in list(running):
+            late = time.monotonic() > one.deadline
+            if one.process.is_alive() and not late:
+                continue
+            ending = f"more than {options.limit:.0f} s" if one.process.is_alive() else ""
+            if one.process.is_alive():
+                one.process.kill()
+            one.process.join()
+            code = one.process.exitcode or 0
+            yield gathered(one.library, one.name, Path(one.home.name), ending or (f"ended by {code}" if code else ""))
+            one.home.cleanup()
+            running.remove(one)
 
-    def share(test: Any) -> float:
-        return sum(bool(test(r)) for r in results) / count if count else 0.0
 
-    figures = {
-        "ran": share(lambda r: r["ran"]),
-        "masked_exact": share(lambda r: r.get("masked", 1.0) <= 1e-5),
-        "scatter_exact": share(lambda r: r.get("scatter")),
-        "share_0.99": share(lambda r: r.get("share", 0) >= 0.99),
-        "share_0.95": share(lambda r: r.get("share", 0) >= 0.95),
-        "onnx": share(lambda r: isinstance(r.get("onnx"), float) and r["onnx"] <= 1e-4),
-    }
-    bars = BARS[library]
-    return {
-        "runs": count,
-        **{name: {"value": round(figures[name], 4), "bar": bars.get(name)} for name in figures},
-        "holds": all(figures[name] >= bar for name, bar in bars.items()),
-    }
+def preload(libraries: list[str]) -> None:
+    """Import what every process would import; none of it starts threads."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    import importlib
+
+    names = ["torch", "torch._dynamo", "torch.export", "torch.onnx", "onnx", "onnxscript", "onnxruntime", "scipy.stats"]
+    for name in [*names, "safetensors.torch", "cahfp_cli.app", *set(libraries)]:
+        importlib.import_module(name)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """The commit that is tried, with a mark where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def read_results(path: Path) -> list[Record]:
+    """The last record of every network."""
+    latest: dict[tuple[str, str], Record] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(line)
+        latest[record["library"], record["name"]] = record
+    order = {library: number for number, library in enumerate(LIBRARIES)}
+    return sorted(latest.values(), key=lambda r: (order[r["library"]], r["name"]))
+
+
+def took(record: Record, stage: str) -> bool:
+    return bool(record["stages"].get(stage, {}).get("ok"))
+
+
+def row(record: Record) -> list[str]:
+    """A table's row: a column a command, and the reasons of those that refused."""
+    setup, stages = record["setup"], record["stages"]
+    coupling = stages.get("coupling", {})
+    reasons = [f"{stage}: {entry['why']}" for stage, entry in [("setup", setup), *stages.items()] if entry.get("why")]
+    parity = stages.get("onnx", {}).get("parity")
+    cells = [
+        f"{record['library']}:{record['name']}",
+        "x".join(map(str, setup.get("shape", []))),
+        f"{setup['parameters'] / 1e6:.3g}M" if "parameters" in setup else "",
+        f"{coupling['share']:.4g}" if "share" in coupling else "",
+        f"{coupling['masked']:.0e}" if "masked" in coupling else "no",
+    ]
+    cells += [
+        (f"{parity:.0e}" if stage == "onnx" and parity else "yes") if took(record, stage) else "no"
+        for stage in STAGES[1:]
+    ]
+    pinned = coupling.get("pinned", "")
+    return [*cells, f"{record['cpu']:.0f}", "; ".join(reasons).replace("|", "/").replace("\n", " ") or pinned]
+
+
+def markdown(results: list[Record]) -> str:
+    columns = ["network", "input", "numbers", "share", *STAGES, "CPU s", "refused, or the largest part kept whole"]
+    lines = [columns, ["---"] * len(columns), *map(row, results)]
+    counts = [["", "networks", *STAGES], ["---"] * (len(STAGES) + 2)]
+    for library in LIBRARIES:
+        own = [r for r in results if r["library"] == library]
+        if own:
+            counts.append([library, str(len(own)), *(str(sum(took(r, s) for r in own)) for s in STAGES)])
+    commits = sorted({record["commit"] for record in results})
+
+    def table(rows: list[list[str]]) -> str:
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+    return (
+        "# Zoo\n\nEvery command on every classifier of torchvision, one small variant of each family of timm and 14"
+        " kinds of\ntransformers from configurations, with random weights. Made by `scripts/zoo.py`, which says what"
+        f" each column\nchecks, on commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.\n\n{table(counts)}\n\n"
+        "`share`: of the parameters that can be pruned. `coupling`: the largest difference to the full network with the"
+        "\nremoved entries zero, relative. `onnx`: the parity of the file.\n\n"
+        f"{table(lines)}\n"
+    )
+
+
+def summary(results: list[Record]) -> Record:
+    """Of each library the share of networks that each command took."""
+    found: Record = {}
+    for library in dict.fromkeys(record["library"] for record in results):
+        own = [record for record in results if record["library"] == library]
+        shares = {stage: round(sum(took(record, stage) for record in own) / len(own), 4) for stage in STAGES}
+        found[library] = {
+            "networks": len(own),
+            **shares,
+            "bar": BARS[library],
+            "holds": min(shares.values()) >= BARS[library],
+            "cpu_seconds": round(sum(record["cpu"] for record in own)),
+        }
+    return {**found, "holds": all(entry["holds"] for entry in found.values())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("libraries", nargs="*", choices=[[], *BARS], help="all three without any")
-    parser.add_argument("--only", action="append", help="only models whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="a few small models, one seed")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--skip-onnx", action="store_true")
-    parser.add_argument("--limit", type=float, default=900, help="seconds a model")
-    parser.add_argument("-o", "--output", type=Path, help="write the table there, as Markdown")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("libraries", nargs="*", choices=[[], *LIBRARIES], help="all three without any")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="results, one JSON line a network")
+    parser.add_argument("--table", type=Path, help="write the table of all results there, and run nothing")
+    parser.add_argument("--only", action="append", help="only networks whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="a few small networks of each")
+    parser.add_argument("--again", action="store_true", help="also those that the results have for this commit")
+    parser.add_argument("--shard", default="1/1", help="every n-th network: 2/3 is the second third")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
+    parser.add_argument("--limit", type=float, default=900, help="seconds a network")
+    parser.add_argument("--memory", type=float, default=10, help="GB a network")
+    parser.add_argument("--folder", type=Path, help="where the networks' files are while they are tried")
     options = parser.parse_args()
-    if options.one:
-        library, _, name = options.one.partition(":")
-        print(json.dumps(examine(library, name, options.seed, options.skip_onnx)))
+    if options.table:
+        options.table.write_text(markdown(read_results(options.output)))
         return
-    columns = ["model", "seed", "share", "kept", "masked", "scatter", "onnx", "trace", "largest pinned part, or error"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    print("\n".join(lines))
-    summaries = {}
-    for library in options.libraries or list(BARS):
+    tried = commit()
+    there = {(r["library"], r["name"]) for r in read_results(options.output) if r["commit"] == tried}
+    part, _, of = options.shard.partition("/")
+    jobs = []
+    for library in options.libraries or LIBRARIES:
         names = QUICK[library] if options.quick else names_of(library)
-        results = []
-        for seed in range(options.first_seed, options.first_seed + (1 if options.quick else options.seeds)):
-            for name in names:
-                if options.only and not any(part in name for part in options.only):
-                    continue
-                result = run_one(library, name, seed, options.limit, options.skip_onnx)
-                results.append(result)
-                cells = [f"{library}:{name}", str(seed), *(shown(result.get(c)) for c in columns[2:-1])]
-                line = f"| {' | '.join(cells)} | {result.get('error') or result.get('pinned', '')} |"
-                lines.append(line)
-                print(line, flush=True)
-        summaries[library] = summary(library, results)
-    if options.output:
-        options.output.write_text(
-            "# Zoo\n\nMade by `scripts/zoo.py`; how to read it stands there.\n\n" + "\n".join(lines) + "\n"
-        )
-    print(json.dumps({**summaries, "holds": all(s["holds"] for s in summaries.values())}))
+        wanted = [n for n in names if not options.only or any(word in n for word in options.only)]
+        jobs += [(library, name) for name in wanted if options.again or (library, name) not in there]
+    jobs = jobs[int(part) - 1 :: int(of)]
+    print(f"{len(jobs)} networks on {tried}", file=sys.stderr)
+    for record in run_all(jobs, options):
+        record["commit"] = tried
+        with options.output.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(" | ".join(row(record)), flush=True)
+    print(json.dumps(summary([r for r in read_results(options.output) if r["commit"] == tried])))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cahfp_cli.errors import InputError
+from cahfp_cli.checkpoint.ownership import Foreign
+from cahfp_cli.checkpoint.strict_json import shown
+from cahfp_cli.errors import InputError, UsageError
 
-OURS = ("submodel.safetensors", "report.json", "*.safetensors.index.json")
 MAX_CLAIMS = 100
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what only writing fails with
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of renameat2 in linux/fs.h
@@ -30,6 +31,12 @@ def refuse_overwrite(path: Path, force: bool) -> None:
     """Raises: InputError: `path` exists (a dangling link counts) and `force` is not set."""
     if not force and os.path.lexists(path):
         raise InputError(f"{path} exists: pass --force to overwrite it.")
+
+
+def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises: UsageError: the output `path` is one of the files that are read, and would take its place."""
+    if any(one.exists() and path.exists() and path.samefile(one) for one in inputs):
+        raise UsageError(f"{path}: it is read by this command, and the output would replace it; name another output.")
 
 
 def check_file_target(path: Path, force: bool) -> Path:
@@ -45,14 +52,15 @@ def check_file_target(path: Path, force: bool) -> Path:
     return target
 
 
-def check_folder_target(path: Path, force: bool) -> Path:
+def check_folder_target(path: Path, force: bool, foreign: Foreign) -> Path:
     """The real path of a folder that is to be written; long commands call this before they start.
 
+    Args: foreign: finds what in the folder is no part of such an output, see `atomic_directory`.
     Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable.
     """
     refuse_overwrite(path, force)
     target = Path(os.path.realpath(path))
-    _check_replaceable(path, target)
+    _check_replaceable(path, target, foreign)
     _check_parent(target)
     return target
 
@@ -84,17 +92,17 @@ def atomic_file(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path, force: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, force: bool, foreign: Foreign) -> Iterator[Path]:
     """Yield a new empty folder to fill in place of `path`; it becomes `path` when the block ends without an exception.
 
-    With `force` an existing folder is replaced as a whole, if it is empty or one of ours (it holds one of OURS) and
-    neither the working folder nor the home folder lies in it.
+    With `force` an existing folder is replaced as a whole, if nothing in it is foreign to such an output and neither
+    the working folder nor the home folder lies in it.
 
     Raises: InputError: `path` exists without `force` or must not be replaced; its folder is missing or unwritable; the
         disk is full (also where the block runs into that).
     """
-    target = check_folder_target(path, force)
-    _restore(target)
+    target = check_folder_target(path, force, foreign)
+    _restore(target, foreign)
     remove_leftovers(target)
     temporary, lock = _claim(target, folder=True)
     try:
@@ -105,8 +113,8 @@ def atomic_directory(path: Path, force: bool = False) -> Iterator[Path]:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
             if force and target.exists():
-                _check_replaceable(path, target)
-                _replace_folder(temporary, target)
+                _check_replaceable(path, target, foreign)
+                _replace_folder(temporary, target, foreign)
             else:
                 _rename_new(temporary, target)
             _fsync(target.parent)
@@ -208,21 +216,22 @@ def _check_parent(target: Path) -> None:
         raise InputError(f"{parent}: cannot write into this folder (permission denied).")
 
 
-def _check_replaceable(path: Path, target: Path) -> None:
+def _check_replaceable(path: Path, target: Path, foreign: Foreign) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise InputError(f"{path}: it is not a folder, so no folder can replace it; name another output.")
     if any(place.is_relative_to(target) for place in (Path.cwd().resolve(), Path.home().resolve())):
         raise InputError(f"{path}: it holds the working folder or the home folder and is not replaced; name another.")
-    if any(target.iterdir()) and not any(found.is_file() for name in OURS for found in target.glob(name)):
+    name = foreign(target)
+    if name is not None:
         raise InputError(
-            f"{path}: it holds neither {' nor '.join(OURS)}, so it is not an output of cahfp and is not replaced, "
-            "not even with --force.\nName another output, or remove the folder yourself."
+            f"{path}: it holds {shown(name)}, which is not an output of cahfp of this kind and would be lost.\n"
+            "Not even --force replaces such a folder: name another output, or move what you want to keep."
         )
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
+def _replace_folder(temporary: Path, target: Path, foreign: Foreign) -> None:
     """Put `temporary` in the place of the folder `target`.
 
     On Linux the two names are exchanged in one step. Where the system or file system cannot, there are two renames,
@@ -231,15 +240,18 @@ def _replace_folder(temporary: Path, target: Path) -> None:
     if _renameat2(temporary, target, _EXCHANGE):
         return
     old = _old(target)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        _check_replaceable(old, old, foreign)
+        shutil.rmtree(old)
     target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(target: Path) -> None:
-    if _old(target).is_dir() and not target.exists():
-        _old(target).rename(target)
+def _restore(target: Path, foreign: Foreign) -> None:
+    old = _old(target)
+    if old.is_dir() and not target.exists() and foreign(old) is None:
+        old.rename(target)
 
 
 def _old(target: Path) -> Path:

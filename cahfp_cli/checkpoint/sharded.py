@@ -93,20 +93,6 @@ def files_of(checkpoint: SafetensorsFile | ShardedCheckpoint) -> tuple[Path, ...
     return (checkpoint.path,)
 
 
-def check_only_shards(folder: Path) -> None:
-    """Raises: InputError: an existing folder holds more than an index and its shards, which is not to be lost."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    found = {path.name for path in folder.iterdir()}
-    indices = [name for name in found if name.endswith(SUFFIX)]
-    known = {name for index in indices for name in _index(folder / index)["weight_map"].values()} | set(indices)
-    if found - known:
-        raise InputError(
-            f"{folder}: it holds {shown(sorted(found - known)[0])}, which is no part of a checkpoint "
-            "and would be lost.\nName another output, and move what you want to keep."
-        )
-
-
 def write_like(
     checkpoint: Tensors,
     target: Path,

@@ -8,7 +8,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints, only the result.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Same inputs and same seed give the same bytes.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite the output if it exists; a folder only if all in it is ours.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 Device = Annotated[str, typer.Option("--device", help="Compute on auto, cpu, cuda or mps.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]

@@ -314,9 +314,11 @@ def make_targets(profiles: Sequence["DeviceProfile"], budget: "Budget", output: 
 def check_targets(targets: Sequence[Target], output: Path, force: bool) -> None:
     """Raises: InputError: a folder exists without `force` or must not be replaced, or cannot be written."""
     from cahfp_cli.checkpoint.atomic import check_folder_target
+    from cahfp_cli.pruning.ownership import foreign_in_submodel
 
     for target in targets:
-        check_folder_target(target.folder if target.folder.parent.exists() else output, force)
+        folder = target.folder if target.folder.parent.exists() else output
+        check_folder_target(folder, force, foreign_in_submodel)
 
 
 def belong_together(scores: "Scores", network: "Network", analysis: "Analysis") -> bool:

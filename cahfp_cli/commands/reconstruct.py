@@ -98,8 +98,9 @@ def reconstruct(
     dry_run: DryRun = False,
 ) -> None:
     """Merge client submodels back into one global checkpoint."""
-    from cahfp_cli.checkpoint.atomic import check_file_target
+    from cahfp_cli.checkpoint.atomic import check_file_target, check_no_input
     from cahfp_cli.provenance import provenance
+    from cahfp_cli.pruning.files import FILES
     from cahfp_cli.reconstruction import merge
     from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.reconstruction.round import Step
@@ -113,6 +114,10 @@ def reconstruct(
         check_file_target(path, force)
     if reports and dry_run:
         raise UsageError("--report and --html tell of what was merged, and --dry-run merges nothing.")
+    read = [path / name for path in submodels for name in FILES] + submodels
+    check_no_input(output, read)
+    for path in reports:
+        check_no_input(path, [global_checkpoint, *read])
     targets = [path.resolve() for path in (output, *reports)]
     if len(set(targets)) < len(targets):
         raise UsageError("--output, --report and --html: two of them are the same file.")

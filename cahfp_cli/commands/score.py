@@ -57,13 +57,14 @@ def score(
     force: options.Force = False,
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
-    from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target
+    from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target, check_no_input
     from cahfp_cli.commands.networks import check_data, check_global, given, open_network
     from cahfp_cli.errors import InputError, UsageError
 
     console = Console(json, quiet)
     # Slips in what was typed are answered here, before torch is imported.
     check_file_target(output, force)
+    check_no_input(output, [checkpoint])
     check_global(checkpoint, "scores are measured on the global checkpoint")
     if top is not None and draws is not None:
         raise UsageError("--top and --draws exclude each other: either classes or drawn labels.")

@@ -66,8 +66,9 @@ def train(
 ) -> None:
     """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
     from cahfp_cli.checkpoint.atomic import check_file_target, check_folder_target
-    from cahfp_cli.commands.networks import check_data, check_there, given
+    from cahfp_cli.commands.networks import check_data, check_there, given, is_submodel_folder
     from cahfp_cli.data.spec import load_data
+    from cahfp_cli.pruning.ownership import foreign_in_submodel
 
     console = Console(json, quiet)
     if schedule not in ("cosine", "constant"):
@@ -77,8 +78,10 @@ def train(
         check_there(source)
     if curvature is not None and (source is None or not source.is_dir()):
         raise UsageError("--curvature goes with a SUBMODEL_DIR: it is what a device says beside its trained submodel.")
-    check_target = check_folder_target if source is not None and source.is_dir() else check_file_target
-    check_target(output, force)
+    if source is not None and is_submodel_folder(source):
+        check_folder_target(output, force, foreign_in_submodel)
+    else:
+        check_file_target(output, force)
     dataset = load_data(data, data_root=data_root)
     tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
 

@@ -6,6 +6,7 @@ checkpoint and the memory of that round. `state.json` is replaced last, so a kil
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ from cahfp_cli.models.checkpoint_io import save_checkpoint
 STATE, FINAL = "state.json", "final.safetensors"
 Row = dict[str, Any]
 MEMORY = ("scores", "scored", "masks")
+OF_A_ROUND = re.compile(r"(global|memory)-\d{5,}\.safetensors")
+"""Names of files that a later round replaces; any other file in the folder is somebody's own."""
 
 
 def run(
@@ -124,8 +127,8 @@ def write_first(setting: Setting, method: Method, start: Path, target: Path, mem
 def remove_leftovers(folder: Path, number: int) -> None:
     """Remove what a killed run left of rounds other than the last committed one, `number`."""
     committed = {global_of(folder, number), memory_of(folder, number)}
-    for path in (*folder.glob("global-*.safetensors"), *folder.glob("memory-*.safetensors")):
-        if path not in committed:
+    for path in folder.iterdir():
+        if path not in committed and OF_A_ROUND.fullmatch(path.name):
             path.unlink()
 
 

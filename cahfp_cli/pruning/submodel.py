@@ -32,6 +32,7 @@ from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
+from cahfp_cli.pruning.ownership import foreign_in_submodel
 from cahfp_cli.pruning.report import write_report
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,7 +137,7 @@ def write_submodel(
         differs from it.
     """
     written = {**report, "provenance": metadata.provenance.model_dump(mode="json")}
-    with atomic_directory(output, force) as folder:
+    with atomic_directory(output, force, foreign_in_submodel) as folder:
         save_arrays(folder / TENSORS, arrays, dump_metadata(metadata))
         write_index_map(folder / INDEX_MAP, index_map, metadata.provenance)
         write_more(folder)

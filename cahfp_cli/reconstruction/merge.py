@@ -17,8 +17,9 @@ from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file, check_fil
 from cahfp_cli.checkpoint.digest import content_digest, file_sha256, row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputFile, Provenance, metadata_or_none
+from cahfp_cli.checkpoint.ownership import foreign_in_shards
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
-from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, check_only_shards, open_checkpoint
+from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
@@ -80,9 +81,10 @@ def reconstruct(
         nullcontext() if step.before is None else open_checkpoint(step.before) as before,
     ):
         sharded = isinstance(checkpoint, ShardedCheckpoint) and not partial
-        (check_folder_target if sharded else check_file_target)(output, force)
         if sharded:
-            check_only_shards(output)
+            check_folder_target(output, force, foreign_in_shards)
+        else:
+            check_file_target(output, force)
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
         digest, *own = in_order(
             lambda path: _checked_digest(checkpoint) if path is None else file_sha256(path),
@@ -113,7 +115,11 @@ def reconstruct(
             with atomic_file(output, force) as temporary:
                 write_partial(temporary, this, digest, keep_compensation, made, on_progress)
         elif not dry_run:
-            with (atomic_directory if sharded else atomic_file)(output, force) as temporary:
+            with (
+                atomic_directory(output, force, foreign_in_shards)
+                if sharded
+                else atomic_file(output, force) as temporary
+            ):
                 write_checkpoint(temporary, this, made, on_progress)
                 merged = temporary / checkpoint.path.name if sharded else temporary
                 result = content_digest(merged)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def submodel(folder: Path, text: str) -> Path:
     return folder
 
 
+def foreign(folder: Path) -> str | None:
+    """A folder of ours holds nothing but `report.json`, a file or a folder `half`."""
+    return next((path.name for path in folder.iterdir() if path.name not in ("report.json", "half", "sub")), None)
+
+
+def write_folder(path: Path, force: bool = False) -> AbstractContextManager[Path]:
+    return atomic_directory(path, force, foreign)
+
+
 def test_file_appears_only_when_complete(tmp_path):
     with atomic_file(tmp_path / "x") as temporary:
         temporary.write_text("new")
@@ -40,7 +50,7 @@ def test_any_exception_leaves_the_old_output_and_nothing_else(tmp_path, failure)
     with pytest.raises(failure), atomic_file(tmp_path / "x", force=True) as temporary:
         temporary.write_text("new")
         raise failure
-    with pytest.raises(failure), atomic_directory(tmp_path / "d", force=True) as folder:
+    with pytest.raises(failure), write_folder(tmp_path / "d", force=True) as folder:
         (folder / "report.json").write_text("new")
         raise failure
     assert (tmp_path / "x").read_text() == (tmp_path / "d" / "report.json").read_text() == "old"
@@ -51,7 +61,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
     (tmp_path / "x").write_text("old")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path / "x", tmp_path, tmp_path / "dangling"):
-        for write in (atomic_file, atomic_directory):
+        for write in (atomic_file, write_folder):
             with pytest.raises(InputError, match=r"exists: pass --force"), write(path):
                 pass
     refuse_overwrite(tmp_path / "x", force=True)
@@ -76,8 +86,8 @@ def test_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
     submodel(tmp_path / "d", "old")
-    (tmp_path / "d" / "extra").write_text("old")
-    with atomic_directory(tmp_path / "d", force=True) as folder:
+    (tmp_path / "d" / "half").write_text("old")
+    with write_folder(tmp_path / "d", force=True) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("new")
     assert names(tmp_path) == ["d"]
@@ -87,7 +97,7 @@ def test_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
 def test_without_exchange_a_kill_between_the_renames_is_repaired(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
     submodel(tmp_path / ".d.old", "old")
-    with pytest.raises(ValueError), atomic_directory(tmp_path / "d", force=True):
+    with pytest.raises(ValueError), write_folder(tmp_path / "d", force=True):
         assert (tmp_path / "d" / "report.json").read_text() == "old"
         raise ValueError
     assert names(tmp_path) == ["d"]
@@ -95,18 +105,29 @@ def test_without_exchange_a_kill_between_the_renames_is_repaired(tmp_path, monke
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, monkeypatch):
     home = submodel(tmp_path / "home", "")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("")
+    theirs = submodel(tmp_path / "foreign", "")
+    (theirs / "thesis.tex").write_text("")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(home))
-    for path in (home, foreign, tmp_path / "file"):
-        with pytest.raises(InputError, match=str(path)), atomic_directory(path, force=True):
+    for path in (home, theirs, tmp_path / "file"):
+        with pytest.raises(InputError, match=str(path)), write_folder(path, force=True):
             pass
     monkeypatch.chdir(submodel(tmp_path / "here", ""))
-    with pytest.raises(InputError, match="working folder"), atomic_directory(Path(), force=True):
+    with pytest.raises(InputError, match="working folder"), write_folder(Path(), force=True):
         pass
     assert names(tmp_path) == ["file", "foreign", "here", "home"]
+
+
+def test_a_folder_of_someone_elses_under_the_name_of_an_exchange_is_neither_taken_nor_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
+    (tmp_path / ".d.old").mkdir()
+    (tmp_path / ".d.old" / "thesis.tex").write_text("mine")
+    with write_folder(tmp_path / "d", force=True) as folder:
+        (folder / "report.json").write_text("new")
+    with pytest.raises(InputError, match=r"thesis\.tex"), write_folder(tmp_path / "d", force=True) as folder:
+        (folder / "report.json").write_text("newer")
+    assert (tmp_path / ".d.old" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "d" / "report.json").read_text() == "new"
 
 
 def test_devices_and_folders_are_not_replaced_by_a_file(tmp_path):
@@ -125,7 +146,7 @@ def test_a_link_is_followed(tmp_path):
 
 
 def test_missing_or_unwritable_folder_is_named(tmp_path):
-    for write in (atomic_file, atomic_directory):
+    for write in (atomic_file, write_folder):
         with pytest.raises(InputError, match=str(tmp_path / "missing")), write(tmp_path / "missing" / "x"):
             pass
         with pytest.raises(InputError, match="/proc"), write(Path("/proc/x")):
@@ -134,9 +155,11 @@ def test_missing_or_unwritable_folder_is_named(tmp_path):
 
 WRITER = """
 import os, signal, sys
+from functools import partial
 from pathlib import Path
 from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file
-write = {"file": atomic_file, "folder": atomic_directory}[sys.argv[1]]
+folder = partial(atomic_directory, foreign=lambda folder: None)
+write = {"file": atomic_file, "folder": folder}[sys.argv[1]]
 with write(Path(sys.argv[2]), force=True) as temporary:
     (temporary if sys.argv[1] == "file" else temporary / "half").write_text("half")
     print("ready", flush=True)
@@ -156,7 +179,7 @@ def test_leftovers_of_killed_writers_are_removed_and_those_of_living_ones_are_no
         os.kill(dead.pid, signal.SIGKILL)
         dead.wait()
         (tmp_path / f".x.{dead.pid}.note.tmp").write_text("not a leftover of ours")
-        with (atomic_file if kind == "file" else atomic_directory)(tmp_path / "x"):
+        with (atomic_file if kind == "file" else write_folder)(tmp_path / "x"):
             left = [name for name in names(tmp_path) if name.startswith(f".x.{dead.pid}.")]
             assert left == [f".x.{dead.pid}.note.tmp"]
             assert any(name.startswith(f".x.{living.pid}.") for name in names(tmp_path))
@@ -170,7 +193,7 @@ def test_leftovers_of_killed_writers_are_removed_and_those_of_living_ones_are_no
 def test_a_full_disk_is_an_input_error_that_names_the_output_and_leaves_the_old_one(tmp_path, number):
     (tmp_path / "x").write_text("old")
     submodel(tmp_path / "d", "old")
-    for writer, path in ((atomic_file, tmp_path / "x"), (atomic_directory, tmp_path / "d")):
+    for writer, path in ((atomic_file, tmp_path / "x"), (write_folder, tmp_path / "d")):
         with pytest.raises(InputError) as error, writer(path, force=True):
             raise OSError(number, os.strerror(number))
         assert f"cannot write {path} ({os.strerror(number)})" in str(error.value)

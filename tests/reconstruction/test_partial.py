@@ -1,6 +1,7 @@
 """Partial aggregates against all clients at once; independence of order, blocks and threads; shards."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,10 @@ from fleet import PROVENANCE, bits, curvature, fleet, load, merge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cahfp_cli.checkpoint.atomic import check_folder_target
 from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, dump_metadata
+from cahfp_cli.checkpoint.ownership import foreign_in_shards
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.sharded import open_checkpoint
 from cahfp_cli.checkpoint.writer import save_arrays
@@ -188,6 +191,20 @@ def test_a_sharded_checkpoint_comes_out_in_the_same_shards(tmp_path, by_folder):
     other = tmp_path / "other"
     reconstruct(renamed, it.folders, other, provenance=PROVENANCE)
     reconstruct(renamed, it.folders, other, provenance=PROVENANCE, force=True)
+
+
+def test_shards_that_cahfp_did_not_write_are_not_replaced(tmp_path: Path) -> None:
+    it = fleet(tmp_path, 2, 1)
+    ours = shard(it, tmp_path / "shards").parent
+    assert foreign_in_shards(ours) is None
+    theirs = Path(shutil.copytree(ours, tmp_path / "theirs"))
+    first = min(theirs.glob("*.safetensors"))
+    placed = json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"]
+    save_arrays(first, {name: it.tensors[name] for name, file in placed.items() if file == first.name}, {})
+    with pytest.raises(InputError, match=r"index\.json"):
+        check_folder_target(theirs, True, foreign_in_shards)
+    with pytest.raises(InputError, match=r"index_map\.safetensors"):
+        check_folder_target(it.folders[0], True, foreign_in_shards)
 
 
 INDEX_FAULTS = {

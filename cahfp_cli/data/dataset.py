@@ -43,7 +43,25 @@ class Dataset:
         return "int64" if self.x.dtype == np.int64 else "float32"
 
 
-def make_dataset(x: Any, y: Any, name: str, classes: int | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Rows:
+    """Which samples are wanted: first..last-1, None for an open end."""
+
+    first: int | None = None
+    last: int | None = None
+
+    def of(self, n: int, name: str) -> tuple[int, int]:
+        """First and last of `n` samples. Raises: InputError: outside of what there is, or empty."""
+        start, stop = self.first or 0, n if self.last is None else self.last
+        if not 0 <= start < stop <= n:
+            raise InputError(f"{name}: the slice [{start}:{stop}] does not fit, there are {n} samples (0:{n}).")
+        return start, stop
+
+
+WHOLE = Rows()
+
+
+def make_dataset(x: Any, y: Any, name: str, classes: int | None = None, first: int = 0) -> Dataset:
     """Check and convert arrays to a Dataset.
 
     Images as uint8 are scaled from 0..255 to 0..1, and (n, height, width) of uint8 gets a channel axis; floating
@@ -51,21 +69,31 @@ def make_dataset(x: Any, y: Any, name: str, classes: int | None = None) -> Datas
 
     Args:
         classes: number of classes; by default one more than the largest label.
+        first: the number of the first of these samples in their file, for messages.
     Raises: InputError: empty, unequal lengths, labels that are no integers or out of range, NaN or Inf, a type or
         layout that is not one of these.
     """
     labels = checked_labels(np.asarray(y), name)
-    samples = converted(np.asarray(x), name)
-    if len(samples) != len(labels):
-        raise InputError(f"{name}: {len(samples)} samples but {len(labels)} labels.")
-    if len(labels) == 0:
-        raise InputError(f"{name}: holds no samples.")
+    samples = converted(np.asarray(x), name, first)
+    check_layout(samples.shape, labels.shape, name)
     classes = int(labels.max()) + 1 if classes is None else classes
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
-        first = int(wrong[0])
-        raise InputError(f"{name}: sample {first} has label {labels[first]}, but labels go from 0 to {classes - 1}.")
+        at = int(wrong[0])
+        raise InputError(f"{name}: sample {first + at} has label {labels[at]}, but labels go from 0 to {classes - 1}.")
     return Dataset(x=samples, y=labels, classes=classes, name=name)
+
+
+def check_layout(samples: tuple[int, ...], labels: tuple[int, ...], name: str) -> None:
+    """Raises: InputError: arrays of these shapes are no labelled samples."""
+    if len(samples) < 2 or 0 in samples[1:]:
+        raise InputError(f"{name}: samples must have shape (n, ...), not {samples}.")
+    if len(labels) != 1:
+        raise InputError(f"{name}: labels must be integers of shape (n,), not of shape {labels}.")
+    if samples[0] != labels[0]:
+        raise InputError(f"{name}: {samples[0]} samples but {labels[0]} labels.")
+    if labels[0] == 0:
+        raise InputError(f"{name}: holds no samples.")
 
 
 def checked_labels(y: Samples, name: str) -> Labels:
@@ -75,7 +103,7 @@ def checked_labels(y: Samples, name: str) -> Labels:
     return y.astype(np.int64)
 
 
-def converted(x: Samples, name: str) -> Samples:
+def converted(x: Samples, name: str, first: int) -> Samples:
     """Samples as float32, or int64 for tokens. Raises: InputError: see make_dataset."""
     if x.ndim < 2 or 0 in x.shape[1:]:
         raise InputError(f"{name}: samples must have shape (n, ...), not {shape_text(x)}.")
@@ -86,7 +114,7 @@ def converted(x: Samples, name: str) -> Samples:
             samples = np.ascontiguousarray(x, dtype=np.float32)
         finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
         if not finite.all():
-            raise InputError(f"{name}: sample {int(np.argmin(finite))} holds NaN or Inf. Clean the data first.")
+            raise InputError(f"{name}: sample {first + int(np.argmin(finite))} holds NaN or Inf. Clean the data first.")
         return samples
     if x.dtype.kind in "iu" and x.ndim == 2:
         return np.ascontiguousarray(x, dtype=np.int64)
@@ -105,12 +133,9 @@ def scaled_images(x: Samples, name: str) -> Samples:
     return np.ascontiguousarray(images, dtype=np.float32) / np.float32(255)
 
 
-def sliced(dataset: Dataset, first: int | None, last: int | None) -> Dataset:
-    """Samples first..last-1. Raises: InputError: outside of what there is, or empty."""
-    n = len(dataset)
-    start, stop = first or 0, n if last is None else last
-    if not 0 <= start < stop <= n:
-        raise InputError(f"{dataset.name}: the slice [{start}:{stop}] does not fit, there are {n} samples (0:{n}).")
+def sliced(dataset: Dataset, rows: Rows) -> Dataset:
+    """Some samples of a set that is in memory. Raises: InputError: outside of what there is, or none."""
+    start, stop = rows.of(len(dataset), dataset.name)
     return Dataset(dataset.x[start:stop], dataset.y[start:stop], dataset.classes, dataset.name)
 
 

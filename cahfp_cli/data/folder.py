@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cahfp_cli.data.dataset import Dataset, make_dataset
+from cahfp_cli.data.dataset import WHOLE, Dataset, Rows, make_dataset
 from cahfp_cli.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -16,8 +16,8 @@ MOST_PIXELS = 2**24
 MOST_BYTES = 2**33
 
 
-def load_folder(folder: Path, split: str | None, default_split: str, name: str) -> Dataset:
-    """Images of one split, (n, 1 or 3, height, width), all of one size.
+def load_folder(folder: Path, split: str | None, default_split: str, name: str, rows: Rows = WHOLE) -> Dataset:
+    """Images of one split, only those of `rows` read, (n, 1 or 3, height, width), all of one size.
 
     Classes are numbered by their folders' names, sorted (those of `train` where there is one). Samples go round the
     classes, first file of each, then second of each, ..., so that a slice holds all classes.
@@ -29,9 +29,10 @@ def load_folder(folder: Path, split: str | None, default_split: str, name: str) 
     files = [(label, path) for label, c in enumerate(classes) if (root / c).is_dir() for path in images_in(root / c)]
     if not files:
         raise InputError(f"{root}: no images ({', '.join(SUFFIXES)}) in class folders.")
-    files = round_robin(files)
+    first, last = rows.of(len(files), name)
+    files = round_robin(files)[first:last]
     x = read_images([path for _, path in files])
-    return make_dataset(x, np.array([label for label, _ in files]), name, len(classes))
+    return make_dataset(x, np.array([label for label, _ in files]), name, len(classes), first)
 
 
 def locate(folder: Path, split: str | None, default_split: str) -> tuple[Path, list[str]]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cahfp_cli.data.dataset import Dataset, make_dataset, sliced
+from cahfp_cli.data.dataset import Dataset, Rows, make_dataset, sliced
 from cahfp_cli.data.digits import load_digits
 from cahfp_cli.data.folder import load_folder
 from cahfp_cli.data.idx import load_fashion_mnist, load_idx
@@ -27,6 +27,10 @@ class DataSpec:
     split: str | None = None
     first: int | None = None
     last: int | None = None
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.first, self.last)
 
 
 def parse_spec(spec: str) -> DataSpec:
@@ -64,27 +68,28 @@ def load_data(spec: str, *, data_root: Path | None = None, default_split: str = 
     Raises: UsageError: the spec is not understood; InputError: the data is missing, malformed or out of range.
     """
     parsed = parse_spec(spec)
-    return sliced(load_source(parsed, spec, data_root, default_split), parsed.first, parsed.last)
+    return load_source(parsed, spec, data_root, default_split)
 
 
 def load_source(parsed: DataSpec, spec: str, data_root: Path | None, default_split: str) -> Dataset:
-    """The split that a parsed spec names, uncut."""
+    """The samples that a parsed spec names; of files no others are read."""
+    rows = parsed.rows
     if parsed.source == "digits":
-        return load_digits(parsed.split or default_split, spec)
+        return sliced(load_digits(parsed.split or default_split, spec), rows)
     if parsed.source == "fashion-mnist":
-        return load_fashion_mnist(parsed.split or default_split, spec, data_root)
+        return load_fashion_mnist(parsed.split or default_split, spec, data_root, rows)
     kind, colon, rest = parsed.source.partition(":")
     if kind in KINDS and not rest:
         raise UsageError(f"data {spec!r}: name a path after '{kind}:'.")
     match kind:
         case "idx":
-            return load_idx(Path(rest), parsed.split or default_split, spec)
+            return load_idx(Path(rest), parsed.split or default_split, spec, rows)
         case "npz":
-            return load_npz(Path(rest), parsed.split, default_split, spec)
+            return load_npz(Path(rest), parsed.split, default_split, spec, rows)
         case "folder":
-            return load_folder(Path(rest), parsed.split, default_split, spec)
+            return load_folder(Path(rest), parsed.split, default_split, spec, rows)
     if colon:
-        return load_factory(parsed, spec, default_split)
+        return sliced(load_factory(parsed, spec, default_split), rows)
     raise UsageError(f"no data set {parsed.source!r}.{nearest(parsed.source, list(NAMES))} {choices()}")
 
 

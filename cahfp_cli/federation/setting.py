@@ -170,7 +170,7 @@ def column_of(spec: str, name: str) -> NDArray[Any]:
     kind, _, path = parsed.source.partition(":")
     if kind != "npz":
         raise InputError(f"by-column({name}): only npz:FILE has columns, not {spec!r}.")
-    return load_column(Path(path), name, parsed.split)[parsed.first : parsed.last]
+    return load_column(Path(path), name, parsed.split, parsed.rows)
 
 
 def write_start(common: Common, seed: int, path: Path) -> str:

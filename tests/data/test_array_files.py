@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -195,6 +196,80 @@ def test_an_image_bomb_is_refused_before_it_is_unpacked(side: int, tmp_path: Pat
     (tmp_path / "a" / "1.png").write_bytes(content)
     with pytest.raises(InputError, match=r"1\.png: (5000x5000 pixels, more than|not a readable image)"):
         load_data(f"folder:{tmp_path}")
+
+
+def numbers(rows: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).normal(size=(rows, 2, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (3, 7), (5, 9), (0, 9)])
+def test_a_slice_of_an_npz_is_what_numpy_cuts(save: Any, order: str, first: int, last: int, tmp_path: Path) -> None:
+    x, y = numbers(9), np.arange(9)
+    save(tmp_path / "d.npz", x=np.asarray(x, order=order), y=y)  # type: ignore[call-overload]
+    data = load_data(f"npz:{tmp_path / 'd.npz'}[{first}:{last}]")
+    assert np.array_equal(data.x, x[first:last]) and np.array_equal(data.y, y[first:last]) and data.classes == 9
+
+
+def test_a_slice_of_an_npz_reads_and_keeps_no_other_samples(tmp_path: Path) -> None:
+    x = np.zeros((100, 50_000), np.float32)
+    x[70] = np.nan
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "d.npz", x=x, y=np.zeros(100, np.int64))  # type: ignore[operator]
+        tracemalloc.start()
+        data = load_data(f"npz:{tmp_path / 'd.npz'}[10:12]")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(data) == 2 and peak < 5_000_000 < x.nbytes
+        with pytest.raises(InputError, match="sample 70 holds NaN"):
+            load_data(f"npz:{tmp_path / 'd.npz'}[60:]")
+
+
+def test_lengths_are_compared_before_a_slice_is_cut(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=numbers(9), y=np.zeros(8, np.int64))
+    with pytest.raises(InputError, match="9 samples but 8 labels"):
+        load_data(f"npz:{tmp_path / 'd.npz'}[0:2]")
+    with pytest.raises(InputError, match="3 samples but 2 labels"):
+        load_data(f"idx:{idx_folder(tmp_path, [0, 1])}[0:1]")
+
+
+def test_a_slice_of_a_folder_opens_no_other_image(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "a/2.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "b" / "2.png").write_bytes(b"no image")
+    data = load_data(f"folder:{tmp_path}[1:3]")
+    assert data.y.tolist() == [1, 0] and data.classes == 2
+    with pytest.raises(InputError, match="does not fit, there are 4 samples"):
+        load_data(f"folder:{tmp_path}[1:5]")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_slice_of_an_idx_file_unpacks_no_further(suffix: str, tmp_path: Path) -> None:
+    idx_folder(tmp_path, [0, 2, 1])
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    content = bytearray(gzip.compress(SOUND) if suffix else SOUND)
+    if suffix:
+        content[-5] ^= 255  # the length at the end, which only the whole is compared with
+    (tmp_path / f"train-images-idx3-ubyte{suffix}").write_bytes(content)
+    data = load_data(f"idx:{tmp_path}[1:2]")
+    assert np.array_equal(data.x[0, 0], IMAGES[1].astype(np.float32) / np.float32(255)) and data.classes == 3
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("cut", ["", "[1:2]"])
+def test_a_damaged_npz_is_read_or_refused_whatever_byte_is_wrong(save: Any, cut: str, tmp_path: Path) -> None:
+    save(tmp_path / "sound.npz", x=numbers(3), y=np.arange(3))
+    sound, path = (tmp_path / "sound.npz").read_bytes(), tmp_path / "bad.npz"
+    random = np.random.default_rng(1)
+    for place in random.permutation(len(sound))[:300]:
+        damaged = bytearray(sound)
+        damaged[place] ^= int(random.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            load_data(f"npz:{path}{cut}")
+        except InputError as error:
+            assert str(error).startswith((str(path), "npz:"))
 
 
 X = np.zeros((3, 1, 8, 8), np.float32)

@@ -188,7 +188,7 @@ def masked(model: Any, indices: Any) -> Any:
     """The full model with every entry that the slice drops set to zero (a variance of zero would divide by it)."""
     import torch
 
-    from cahfp_cli.coupling.slicing import copy_with
+    from cahfp_cli.coupling.copying import copy_with
 
     def zeroed(name: str, tensor: Any) -> Any:
         tensor = tensor.clone()

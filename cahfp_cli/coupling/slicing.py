@@ -1,8 +1,6 @@
-"""Cutting a module down: a deep copy of the user's own class with sliced tensors and its width attributes set."""
+"""Cutting a module down: a copy of the user's own class with sliced tensors and its width attributes set."""
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,66 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
-ORDINARY = [getattr(nn.Module, name) for name in STATE_METHODS] + [nn.modules.conv._ConvNd.__setstate__]
-"""What copies attributes and no more; a convolution's adds those that files of old versions lack."""
-PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
+from cahfp_cli.coupling.copying import copy_with, tensors_of
+
 Indices = Mapping[str, tuple[NDArray[np.int32] | None, ...]]
 M = TypeVar("M", bound=nn.Module)
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by name; tied ones under each of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def copy_with(model: M, change: Callable[[str, torch.Tensor], torch.Tensor]) -> M:
-    """A deep copy in which every parameter and buffer is `change(name, tensor)`; tied tensors stay tied.
-
-    The originals are never copied, so this needs no more memory than what `change` returns.
-    """
-    memo: dict[int, Any] = {}
-    for name, tensor in tensors_of(model).items():
-        if id(tensor) in memo:
-            continue
-        new = change(name, tensor.detach())
-        if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = new
-    return copy_modules(model, memo)
-
-
-def copy_modules(model: M, memo: dict[int, Any]) -> M:
-    """`copy.deepcopy`, several times faster for modules: most of what they hold are empty dictionaries of hooks and
-    plain values, which deepcopy takes apart one by one."""
-    shells = []
-    for module in model.modules():
-        kind = type(module)
-        if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) not in ORDINARY for name in STATE_METHODS):
-            continue  # its own way to be copied
-        memo[id(module)] = shell = kind.__new__(kind)
-        shells.append((module, shell))
-    for module, shell in shells:
-        for name, value in vars(module).items():
-            if name == "_compiled_call_impl":
-                continue
-            shell.__dict__[name] = copy_value(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-def copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy` with short cuts."""
-    kind = type(value)
-    if kind in PLAIN or (kind is tuple and all(type(part) in PLAIN for part in value)):
-        return value
-    if kind in (dict, OrderedDict, set) and not value:
-        return kind()
-    if kind is dict:
-        return {key: memo[id(v)] if id(v) in memo else copy_value(v, memo) for key, v in value.items()}
-    return copy.deepcopy(value, memo)
 
 
 def to_meta(model: M) -> M:

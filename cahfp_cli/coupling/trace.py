@@ -13,13 +13,13 @@ from torch import nn
 
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.calls import CallRecord
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.meta_run import EagerMode, bind, execute, forward, offset_of, tensors_in
 from cahfp_cli.coupling.module_stack import ModuleStack, Site
 from cahfp_cli.coupling.operator_log import is_int_list, numbers_used
 from cahfp_cli.coupling.registry import RULES, Axes, Call, Couplings, ParameterView, Result, fixed_like
 from cahfp_cli.coupling.rewriting import CallRecorder
 from cahfp_cli.coupling.rules.pointwise import is_pointwise, pointwise
-from cahfp_cli.coupling.slicing import tensors_of
 
 
 @dataclass(frozen=True)

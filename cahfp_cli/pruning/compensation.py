@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.coupling.analysis import Analysis
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
-from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.coupling.trace import Trace
 from cahfp_cli.pruning.index_map import Factors
 from cahfp_cli.pruning.linearised import Linearised

@@ -7,7 +7,8 @@ from torch import nn
 
 from cahfp_cli.coupling.adapters import MultiheadAttention, adapt
 from cahfp_cli.coupling.analysis import analyse, check_slice
-from cahfp_cli.coupling.slicing import copy_with, slice_module
+from cahfp_cli.coupling.copying import copy_with
+from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.significance.statistics import gate_statistics
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from torch import nn
 
 from cahfp_cli.coupling.analysis import analyse, cut
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import KEPT
-from cahfp_cli.coupling.slicing import tensors_of
 from cahfp_cli.errors import InputError
 from cahfp_cli.significance import gates
 from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict

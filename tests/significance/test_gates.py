@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from cahfp_cli.coupling.analysis import analyse
-from cahfp_cli.coupling.slicing import tensors_of
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.errors import InputError
 from cahfp_cli.significance import statistics
 from cahfp_cli.significance.statistics import gate_statistics

@@ -15,14 +15,16 @@ from torch import nn
 
 from cahfp_cli.coupling import rules
 from cahfp_cli.coupling.atoms import Atoms, Labels, varies
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups, solve
-from cahfp_cli.coupling.meta_run import Subject
+from cahfp_cli.coupling.meta_run import Mode, Subject
+from cahfp_cli.coupling.reach import pin_unreached
 from cahfp_cli.coupling.registry import Axes, Couplings
 from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.coupling.trace import Trace, labels_of_parameters, run
-from cahfp_cli.coupling.verification import MODES, Mismatch, Mode, Plan, verify
+from cahfp_cli.coupling.verification import Mismatch, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
 
 assert rules.__all__  # importing the package fills the registry
@@ -38,11 +40,12 @@ class Analysis:
     """What is known of a network's structure.
 
     groups: its channel groups.
-    traces: the runs in evaluation mode at batch 1 and in training mode at batch 2 (`MODES`).
+    traces: the runs in evaluation mode at batch 1 and in training mode at batch 2 (`Subject.modes`).
     group_of_atom: int64 (atoms,), to read the traces' labels as groups.
     input_shape, dtype: of the sample it was traced with.
     rewritten: places in the model's code that fix a width and are rewritten in a slice, as "module: function".
     on_meta: whether the model runs on meta tensors; else it was traced on real ones.
+    default_dtype: what torch makes tensors in where the model's code names none.
     """
 
     groups: ChannelGroups
@@ -52,6 +55,12 @@ class Analysis:
     dtype: torch.dtype
     rewritten: tuple[str, ...]
     on_meta: bool
+    default_dtype: torch.dtype
+
+    def subject(self, model: nn.Module) -> Subject:
+        """A network of this structure, to be run as the analysed one was."""
+        own = to_meta(model) if self.on_meta else clone(model)
+        return Subject(own, self.input_shape, self.dtype, self.on_meta, self.default_dtype)
 
 
 def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Analysis:
@@ -66,13 +75,14 @@ def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype =
     Raises:
         InputError: the model does not run on such an input.
     """
+    default_dtype = torch.get_default_dtype()
     try:
-        return analyse_subject(Subject(to_meta(model), input_shape, dtype, on_meta=True))
+        return analyse_subject(Subject(to_meta(model), input_shape, dtype, True, default_dtype))
     except InputError:
-        if any(tensor.is_meta for tensor in model.state_dict().values()):
+        if any(tensor.is_meta for tensor in tensors_of(model).values()):
             raise
     # The code reads values, or an operator has no shape function: then it runs on the real tensors.
-    return analyse_subject(Subject(clone(model), input_shape, dtype, on_meta=False))
+    return analyse_subject(Subject(clone(model), input_shape, dtype, False, default_dtype))
 
 
 def analyse_subject(subject: Subject) -> Analysis:
@@ -87,9 +97,10 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
     """Trace, solve, and pin what slicing shows to be fixed; None if a split chose the wrong axis: then trace again."""
     couplings = Couplings(Atoms(), split_choice=choices)
     labels = labels_of_parameters(subject.model, couplings)
-    evaluation = trace(subject, MODES[0], couplings, labels)
+    evaluation = trace(subject, subject.modes[0], couplings, labels)
     consumptions = tuple(couplings.consumptions)  # those of training alone (auxiliary heads) do not count for the loss
-    traces = (evaluation, trace(subject, MODES[1], couplings, labels))
+    traces = (evaluation, *(trace(subject, mode, couplings, labels) for mode in subject.modes[1:]))
+    pin_unreached(couplings, labels, traces)
     if revise_choices(couplings):
         return None
     saved = subject.model.state_dict().keys()
@@ -103,7 +114,14 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
             groups = replace(groups, narrowest=proof.narrowest)
             sites = dict.fromkeys(f"{rewrite.module}: {rewrite.function}" for rewrite in proof.rewrites)
             return Analysis(
-                groups, traces, group_of_atom, subject.input_shape, subject.dtype, tuple(sites), subject.on_meta
+                groups,
+                traces,
+                group_of_atom,
+                subject.input_shape,
+                subject.dtype,
+                tuple(sites),
+                subject.on_meta,
+                subject.default_dtype,
             )
         if revise_choice_at(couplings, traces, proof.mismatch):
             return None
@@ -147,23 +165,14 @@ def check_slice(model: nn.Module, analysis: Analysis, kept: NDArray[np.bool_]) -
 
     Raises: VerificationError: an operator of the sliced model does not do what was planned.
     """
-    own = to_meta(model) if analysis.on_meta else clone(model)
-    subject = Subject(own, analysis.input_shape, analysis.dtype, analysis.on_meta)
     plans = [Plan(one, analysis.group_of_atom) for one in analysis.traces]
-
-    def verified(rewrites: tuple[Rewrite, ...] | None) -> tuple[Rewrite, ...]:
-        found = verify(subject, plans, analysis.groups, kept, rewrites)
-        if found.mismatch is not None:
-            operator = analysis.traces[found.mismatch.trace].operations[found.mismatch.position].name
-            raise VerificationError(
-                f"the sliced model differs from its plan at operator {operator}: {found.mismatch.problem}"
-            )
-        return found.rewrites
-
-    rewrites = verified(None)
-    if rewrites:
-        verified(rewrites)
-    return rewrites
+    found = verify(analysis.subject(model), plans, analysis.groups, kept)
+    if found.mismatch is not None:
+        operator = analysis.traces[found.mismatch.trace].operations[found.mismatch.position].name
+        raise VerificationError(
+            f"the sliced model differs from its plan at operator {operator}: {found.mismatch.problem}"
+        )
+    return found.rewrites
 
 
 def cut(model: M, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[M, tuple[Rewrite, ...]]:
@@ -177,9 +186,8 @@ def cut(model: M, analysis: Analysis, kept: NDArray[np.bool_]) -> tuple[M, tuple
 
 def trace(subject: Subject, mode: Mode, couplings: Couplings, labels: Mapping[str, Axes]) -> Trace:
     """One run on a fresh copy. Raises: InputError: the model does not run."""
-    sample = subject.sample(mode.batch)
     try:
-        return run(subject.fresh(), (sample,), training=mode.training, couplings=couplings, labels=labels)
+        return run(subject, mode, couplings=couplings, labels=labels)
     except Exception as error:  # whatever the user's own forward raises
         shape, dtype = "x".join(map(str, subject.input_shape)), str(subject.dtype).removeprefix("torch.")
         raise InputError(

@@ -16,8 +16,9 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # the exporter runs code w
 
 
 class CallKey(NamedTuple):
-    """A call in one activation of a module: see `rewrites.Rewrite`. Its place rather than its number in a sequence,
-    since code that runs only once, or only in training, would shift the others."""
+    """A call in one activation of a module: the `time`-th of a function at a place (see `rewrites.Rewrite`). Its place
+    rather than its number in a sequence, since code that runs only once, or only in training, would shift the others.
+    """
 
     function: str
     place: str
@@ -195,9 +196,20 @@ def channels_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return found
 
 
+VALUE_READERS = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"}
+    | {"nonzero", "masked_select", "unique", "unique_consecutive", "equal", "is_nonzero", "argwhere", "bincount"}
+)
+"""Functions by which code may go another way for other data: they return what tensors hold, or as many rows."""
+
+SIZES = frozenset(
+    {"view", "reshape", "expand", "broadcast_to"}
+    | {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full"}
+)
+"""Functions that are told the shape of their result."""
+
 WANTED: dict[str, Wanted] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), sizes),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full"), sizes),
+    **dict.fromkeys(SIZES, sizes),
     **dict.fromkeys(("layer_norm", "rms_norm"), last_sizes),
     "unflatten": unflattened,
     **dict.fromkeys(("split", "split_with_sizes"), parts),

@@ -20,7 +20,7 @@ from cahfp_cli.errors import InputError, first_line
 
 M = TypeVar("M", bound=nn.Module)
 Memo = dict[int, Any]
-"""Of every object met so far its copy, by the original's id; the originals live as long as the network."""
+"""Of every object met so far its copy, by the original's id: only what the network itself keeps alive may be noted."""
 
 STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
 ORDINARY = [getattr(nn.Module, name) for name in STATE_METHODS] + [nn.modules.conv._ConvNd.__setstate__]
@@ -162,7 +162,7 @@ def copy_function(function: Any, memo: Memo) -> Any:
             plain = owner is None or type(owner) in PLAIN
             return function if plain else getattr(copy_value(owner, memo), function.__name__)
         case functools.partial():
-            arguments, keywords = copy_value((function.args, function.keywords), memo)
+            arguments, keywords = copy_value(function.args, memo), copy_value(function.keywords, memo)
             return functools.partial(copy_value(function.func, memo), *arguments, **keywords)
     held = (*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__)
     cells = tuple(copy_cell(cell, memo) for cell in function.__closure__ or ())

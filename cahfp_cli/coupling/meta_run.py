@@ -1,4 +1,7 @@
-"""Running a model on meta tensors, which carry shapes and no data: one forward pass under a mode that watches it."""
+"""Running a model on meta tensors, which carry shapes and no data: one forward pass under a mode that watches it.
+
+Every run, to trace a network as to prove a slice of it, is made under the same conditions, whatever the caller's are.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -11,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cahfp_cli.coupling.conditions import conditions
 from cahfp_cli.coupling.slicing import clone
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
@@ -28,14 +32,35 @@ PRODUCTS = frozenset(
 
 
 @dataclass(frozen=True)
+class Mode:
+    """One way to run the model: training or evaluation, with a batch; `draws` is what random numbers come out as, the
+    least or the largest that they can be (0 or 1), None if they are drawn."""
+
+    training: bool
+    batch: int
+    draws: int | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
     """A network that may be run as often as needed: its model, which is left as it is, the shape and dtype of one
-    sample, and whether its tensors are on the meta device, as they are unless it reads values."""
+    sample, whether its tensors are on the meta device, as they are unless it reads values, and the dtype that torch
+    makes tensors in where its code names none."""
 
     model: nn.Module
     input_shape: tuple[int, ...]
     dtype: torch.dtype
     on_meta: bool
+    default_dtype: torch.dtype
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """How it is traced and proved: in evaluation and in training. A network that reads values may leave out layers
+        at random while it trains: then it is run with the least and with the largest numbers that can be drawn."""
+        evaluation = Mode(training=False, batch=1)
+        if self.on_meta:
+            return evaluation, Mode(training=True, batch=2)
+        return evaluation, Mode(training=True, batch=2, draws=0), Mode(training=True, batch=2, draws=1)
 
     def fresh(self) -> nn.Module:
         """A copy to run: models may change their own state on the first forward."""
@@ -80,22 +105,18 @@ class WholeRecurrences(TorchFunctionMode):
 
 
 def forward(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], training: bool, *watchers: AbstractContextManager[Any]
+    subject: Subject, model: nn.Module, mode: Mode, sample: torch.Tensor, *watchers: AbstractContextManager[Any]
 ) -> Any:
-    """One forward pass inside the watchers, without gradients."""
-    model.train(training)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would hide the whole attention in one operator
-    try:
-        # Attention by its plain formula: fused operators hide it where the model runs on real tensors.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
-            stack.enter_context(ContiguousProducts())
-            stack.enter_context(WholeRecurrences())
-            for watcher in watchers:
-                stack.enter_context(watcher)
-            return model(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    """One forward pass of a copy or slice of the subject's model inside the watchers, under the same conditions as
+    every other."""
+    model.train(mode.training)
+    # Attention by its plain formula: fused operators hide it where the model runs on real tensors.
+    with conditions(subject.default_dtype, mode.draws), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        stack.enter_context(ContiguousProducts())
+        stack.enter_context(WholeRecurrences())
+        for watcher in watchers:
+            stack.enter_context(watcher)
+        return model(sample)
 
 
 def execute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

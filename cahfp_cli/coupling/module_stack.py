@@ -31,10 +31,11 @@ class Site:
 
 
 class ModuleStack:
-    """Context manager; `frames` are the activations under way, the innermost last."""
+    """Context manager; `frames` are the activations under way, the innermost last; `ran` the modules that ran."""
 
     def __init__(self, model: nn.Module) -> None:
         self.frames: list[Frame] = []
+        self.ran: set[str] = set()
         self._paths = {id(module): name for name, module in model.named_modules()}
 
     def __enter__(self) -> Self:
@@ -49,10 +50,17 @@ class ModuleStack:
             hook.remove()
 
     def _push(self, module: nn.Module, inputs: Any) -> None:
-        self.frames.append(Frame(self._paths.get(id(module)), type(module)))
+        path = self._paths.get(id(module))
+        self.frames.append(Frame(path, type(module)))
+        if path is not None:
+            self.ran.add(path)
 
     def _pop(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.frames.pop()
+
+    def innermost(self) -> str:
+        """Path of the innermost module of the model that runs."""
+        return next((frame.path for frame in reversed(self.frames) if frame.path is not None), "")
 
     def site(self) -> Site:
         """Count one operator; its place in the innermost module that is not one of torch's own layers."""

@@ -20,10 +20,11 @@ Result = Axes | list[Axes | None]
 @dataclass(frozen=True)
 class ParameterView:
     """A tensor that is a parameter, or computed from parameters alone and of the size of this one: `dims[i]` is the
-    parameter's axis behind axis i; empty where a reshape mixed them."""
+    parameter's axis behind axis i, None for an axis of length 1 that it does not have; empty where a reshape mixed
+    them."""
 
     name: str
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ class Couplings:
     def consume(self, labels: Labels, weight: ParameterView | None, axis: int) -> None:
         """Note that channels are contracted with axis `axis` of a weight.
 
-        They are pinned where it is computed from data, or inside a function that hides what it reads: their gates
-        could not be seen, and unseen groups would look worthless.
+        They are pinned where it is computed from data or is a parameter in another shape, or inside a function that
+        hides what it reads: their gates could not be seen, and unseen groups would look worthless.
         """
-        if weight is None or self.reading is None or not np.array_equal(self.reading[1], labels):
+        own = weight.dims[axis] if weight is not None and weight.dims else None
+        if weight is None or own is None or self.reading is None or not np.array_equal(self.reading[1], labels):
             self.atoms.pin(labels, NO_GATE)
         else:
-            self.consumptions.append(Consumption(self.reading[0], weight.name, weight.dims[axis], labels))
+            self.consumptions.append(Consumption(self.reading[0], weight.name, own, labels))
 
 
 Rule = Callable[[Couplings, Call], Result]

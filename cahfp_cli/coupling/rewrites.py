@@ -9,16 +9,17 @@ Number = int | float
 class Rewrite:
     """One number in the code of a module that a slice changes.
 
-    When `module` runs, in training or evaluation mode, and `function` is called at `place` (the name of a Python
-    function and the line in it, counted from its first) for the `time`-th time, number `argument` among the arguments
-    is `new` where the code says `old`; another number, as for a larger batch, becomes what is in the same proportion.
+    Whenever `module` runs, in training or evaluation mode, and calls `function` at `place` (the name of a Python
+    function, the line in it, counted from its first, and the column where the call ends), number `argument` among the
+    arguments is `new` where the code says `old`; a number that no rewrite of that argument names, as for a larger
+    batch, becomes what is in the same proportion. So a call is rewritten by what it says, however often and in
+    whatever order it is made.
     """
 
     module: str
     training: bool
     function: str
     place: str
-    time: int
     argument: int
     old: Number
     new: Number

@@ -14,12 +14,17 @@ from torch import nn
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.calls import CallRecord
 from cahfp_cli.coupling.copying import tensors_of
-from cahfp_cli.coupling.meta_run import EagerMode, bind, execute, forward, offset_of, tensors_in
+from cahfp_cli.coupling.meta_run import EagerMode, Mode, Subject, bind, execute, forward, offset_of, tensors_in
 from cahfp_cli.coupling.module_stack import ModuleStack, Site
 from cahfp_cli.coupling.operator_log import is_int_list, numbers_used
 from cahfp_cli.coupling.registry import RULES, Axes, Call, Couplings, ParameterView, Result, fixed_like
 from cahfp_cli.coupling.rewriting import CallRecorder
 from cahfp_cli.coupling.rules.pointwise import is_pointwise, pointwise
+from cahfp_cli.errors import first_line
+
+READING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"})
+MASKING = frozenset({"index", "index_put", "index_put_", "_unsafe_index"})
+"""Operators that return what a tensor holds, or as many rows as it says; the latter where their indices are masks."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Value:
 @dataclass(frozen=True)
 class Operation:
     """One operator call of a trace: name, values read and written, constants that a cost model needs, the numbers
-    that it computes with, where a cut of an axis starts (`offset`: axis and index), and its place in the code."""
+    that it computes with, where a cut of an axis starts (`offset`: axis and index), its place in the code, and the
+    path of the innermost module that ran it."""
 
     name: str
     inputs: tuple[int, ...]
@@ -45,17 +51,23 @@ class Operation:
     numbers: tuple[str, ...]
     offset: tuple[int, int] | None
     site: Site
+    module: str
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything one run showed, in order; `inputs` and `results` are the values that went in and came out."""
+    """Everything one run showed, in order; `inputs` and `results` are the values that went in and came out, `reached`
+    the parameters and buffers that an operator read, `ran` the modules that ran; `reads_values` if the code looked at
+    what tensors hold, so that it may go another way for other data."""
 
     values: list[Value]
     operations: list[Operation]
     calls: list[CallRecord]
     inputs: tuple[int, ...]
     results: tuple[int, ...]
+    reached: frozenset[str]
+    ran: frozenset[str]
+    reads_values: bool
 
 
 @dataclass
@@ -74,6 +86,11 @@ class Tracer(EagerMode):
         self._shapes = {name: tuple(len(labels) for labels in axes) for name, axes in self.known.values()}
         self._alive: list[torch.Tensor] = []  # an id is only a name while its tensor lives
         self._storages: dict[int, int] = {}
+        self.reads_values = False
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether an operator has read or written the tensor."""
+        return id(tensor) in self._numbers
 
     def number(self, tensor: torch.Tensor) -> int:
         """The value that a tensor is; one never seen before is a parameter, a buffer or a constant."""
@@ -101,6 +118,9 @@ class Tracer(EagerMode):
         read = [self.number(t) for t in tensors]
         output = execute(func, args, kwargs or {})
         written = tensors_in([output])
+        name = func.overloadpacket.__name__
+        masks = name in MASKING and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        self.reads_values |= name in READING or masks
         if not written:
             return output
         call = Call(
@@ -123,24 +143,47 @@ class Tracer(EagerMode):
             numbers.append(self._numbers[id(tensor)])
         constants = {k: v for k, v in bound.items() if isinstance(v, int | float | bool) or is_int_list(v)}
         shapes = tuple(tuple(t.shape) for t in written)
-        name = func.overloadpacket.__name__
         used, offset = numbers_used(func, bound), offset_of(func, bound)
-        site = self.stack.site()
-        self.operations.append(Operation(name, tuple(read), tuple(numbers), shapes, constants, used, offset, site))
+        self.operations.append(
+            Operation(
+                name,
+                tuple(read),
+                tuple(numbers),
+                shapes,
+                constants,
+                used,
+                offset,
+                self.stack.site(),
+                self.stack.innermost(),
+            )
+        )
         return output
 
     def label(self, call: Call) -> Result:
-        """Labels of the output by the operator's rule; without one, all inputs are pinned."""
+        """Labels of the output by the operator's rule; all inputs are pinned without one, and where it does not foresee
+        such a call: that says nothing against the network."""
         name = call.op.overloadpacket.__name__
-        found = RULES.get(name)
+        found = RULES.get(name, pointwise if is_pointwise(call.op) else None)
+        reason = f"operator {name} has no rule"
         if found is not None:
-            return found(self.couplings, call)
-        if is_pointwise(call.op):
-            return pointwise(self.couplings, call)
+            try:
+                labels = found(self.couplings, call)
+                check_labels(labels, call.output)
+                return labels
+            except Exception as error:  # a rule may meet what it was not made for
+                reason = f"a call of operator {name} that its rule does not foresee ({first_line(error)})"
         for tensor in tensors_in(call.arguments.values()):
-            for labels in call.axes_of(tensor):
-                self.couplings.atoms.pin(labels, f"operator {name} has no rule")
+            for axis in call.axes_of(tensor):
+                self.couplings.atoms.pin(axis, reason)
         return fixed_like(call.output)
+
+
+def check_labels(labels: Result, output: Any) -> None:
+    """Raises: ValueError: a rule's labels are not those of its output's axes."""
+    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+    for tensor, axes in zip(outputs, [labels] if isinstance(labels, tuple) else labels, strict=True):
+        if isinstance(tensor, torch.Tensor) and axes is not None and tuple(map(len, axes)) != tuple(tensor.shape):
+            raise ValueError(f"axes of {tuple(map(len, axes))} for an output of {tuple(tensor.shape)}")
 
 
 def seen(call: Call, known: Mapping[str, tuple[int, ...]], read: Sequence[torch.Tensor]) -> ParameterView | None:
@@ -163,41 +206,49 @@ def seen(call: Call, known: Mapping[str, tuple[int, ...]], read: Sequence[torch.
         return ParameterView(view.name, tuple(dims))
     if name == "permute" and view.dims:
         return ParameterView(view.name, tuple(view.dims[d] for d in call["dims"]))
-    if view.dims and shape == tuple(known[view.name][d] for d in view.dims):
+    if view.dims and shape == tuple(1 if d is None else known[view.name][d] for d in view.dims):
         return view
-    return ParameterView(view.name, tuple(range(len(shape))) if shape == known[view.name] else ())
+    if shape == known[view.name]:
+        return ParameterView(view.name, tuple(range(len(shape))))
+    # The same axes among others of length 1, as a matrix is that is used as a 1x1 kernel.
+    long = [d for d in view.dims if d is not None and known[view.name][d] > 1]
+    if view.dims and [known[view.name][d] for d in long] == [n for n in shape if n > 1]:
+        return ParameterView(view.name, tuple(long.pop(0) if n > 1 else None for n in shape))
+    return ParameterView(view.name, ())
 
 
-def run(
-    model: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    *,
-    training: bool,
-    couplings: Couplings,
-    labels: Mapping[str, Axes],
-) -> Trace:
-    """Trace one forward pass of a model whose tensors are on the meta device.
+def run(subject: Subject, mode: Mode, *, couplings: Couplings, labels: Mapping[str, Axes]) -> Trace:
+    """Trace one forward pass of a copy of a network.
 
-    Args:
-        model: parameters and buffers on meta; its mode is set by `training`. Buffers may change (they hold no data).
-        inputs: meta tensors; all their axes are fixed.
-        labels: for each parameter and buffer by name, the labels of its axes.
+    Args: labels: for each parameter and buffer by name, the labels of its axes.
     Returns:
         The trace; ties, pins and consumers go to `couplings`. Every axis of every output is pinned.
     """
+    model = subject.fresh()
     known: dict[int, tuple[str, Axes]] = {}
-    for name, tensor in tensors_of(model).items():
+    own = tensors_of(model)
+    for name, tensor in own.items():
         known.setdefault(id(tensor), (name, labels[name]))
     stack = ModuleStack(model)
     tracer = Tracer(couplings, known, stack)
     recorder = CallRecorder(stack, couplings, tracer.number, tracer.axes)
-    given = tuple(tracer.number(sample) for sample in inputs)
-    output = forward(model, inputs, training, stack, recorder, tracer)
+    sample = subject.sample(mode.batch)
+    given = (tracer.number(sample),)
+    output = forward(subject, model, mode, sample, stack, recorder, tracer)
     results = [tracer.number(t) for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     for result in results:
         for axis in tracer.values[result].axes:
             couplings.atoms.pin(axis, "output of the model")
-    return Trace(tracer.values, tracer.operations, recorder.records, given, tuple(results))
+    return Trace(
+        tracer.values,
+        tracer.operations,
+        recorder.records,
+        given,
+        tuple(results),
+        reached=frozenset(name for name, tensor in own.items() if tracer.knows(tensor)),
+        ran=frozenset(stack.ran),
+        reads_values=recorder.reads_values or tracer.reads_values,
+    )
 
 
 def labels_of_parameters(model: nn.Module, couplings: Couplings) -> dict[str, Axes]:

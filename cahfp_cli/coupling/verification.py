@@ -5,18 +5,22 @@ a width would change what is kept). Calls in which the code gives other numbers 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from cahfp_cli.coupling.atoms import Labels, varies
+from cahfp_cli.coupling.calls import CallRecord
 from cahfp_cli.coupling.groups import ChannelGroups
-from cahfp_cli.coupling.meta_run import Subject, forward
+from cahfp_cli.coupling.meta_run import Mode, Subject, forward
 from cahfp_cli.coupling.module_stack import ModuleStack
 from cahfp_cli.coupling.operator_log import Logged, OperatorLog
 from cahfp_cli.coupling.rewrites import Rewrite
-from cahfp_cli.coupling.rewriting import CallFollower, install
+from cahfp_cli.coupling.rewriting import CallFollower, Contradiction, UnforeseenNumberError, install, rewrites_of
 from cahfp_cli.coupling.slicing import clone, slice_module
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.errors import first_line
@@ -36,16 +40,8 @@ LAYOUT: dict[str, str | None] = {
 }
 """Operators that come and go with the memory layout of a width and mean the same: left out (None) or renamed."""
 
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to run the model: training or evaluation, with a batch."""
-
-    training: bool
-    batch: int
-
-
-MODES = (Mode(training=False, batch=1), Mode(training=True, batch=2))
+LARGER_BATCH = 3
+"""One that no trace was made with: code that runs once for each sample, or says the batch, shows itself."""
 
 
 @dataclass(frozen=True)
@@ -123,42 +119,78 @@ class Verified:
     rewrites: tuple[Rewrite, ...]
 
 
-def verify(
-    subject: Subject,
-    plans: Sequence[Plan],
-    groups: ChannelGroups,
-    kept: Mask,
-    rewrites: tuple[Rewrite, ...] | None = None,
-) -> Verified:
-    """Slice, run in both modes, compare operator by operator.
+def verify(subject: Subject, plans: Sequence[Plan], groups: ChannelGroups, kept: Mask) -> Verified:
+    """Slice, run in every mode, compare operator by operator; then, where rewrites were needed, once more with these
+    in place as they will be, and with a larger batch.
 
-    Args:
-        plans: of the subject's traces in `MODES`.
-        rewrites: what to put in place; None finds out what is needed on the way.
+    Args: plans: of the subject's traces in its `modes`.
     """
     sliced = slice_module(subject.model, groups.indices(kept))
-    found: list[Rewrite] = []
-    for number, (plan, mode) in enumerate(zip(plans, MODES, strict=True)):
+    said: list[tuple[Rewrite, CallRecord]] = []
+    for number, (plan, mode) in enumerate(zip(plans, subject.modes, strict=True)):
         widths = plan.widths(kept)
-        compact = clone(sliced) if number == 0 else sliced  # a run may change the model's state
-        if rewrites is not None:
-            install(compact, rewrites)
+        compact = clone(sliced)  # a run may change the model's state
         stack = ModuleStack(compact)
         follower = CallFollower(stack, plan.trace.calls, widths, mode.training)
-        log = OperatorLog()
-        problem = None
-        try:
-            forward(compact, (subject.sample(mode.batch),), mode.training, stack, follower, log)
-        except Exception as error:  # whatever the user's own forward raises on a width it does not expect
-            problem = first_line(error)
-        if rewrites is not None and follower.rewrites:
-            changed = follower.rewrites[0]
-            problem = f"{changed.function} in {changed.module} still says {changed.old} for {changed.new}"
-        mismatch = compare(number, plan, widths, log.entries, problem)
+        mismatch = run_beside(compact, subject, number, plan, widths, mode, stack, follower)
         if mismatch is not None:
             return Verified(mismatch, ())
-        found += follower.rewrites
-    return Verified(None, tuple(found))
+        found = rewrites_of([*said, *follower.said])
+        if isinstance(found, Contradiction):
+            return Verified(Mismatch(number, position_of(plan.trace, found.record), found.problem), ())
+        said += follower.said
+    rewrites = rewrites_of(said)
+    assert not isinstance(rewrites, Contradiction)
+    mismatch = prove_rewrites(sliced, subject, plans, kept, rewrites) if rewrites else None
+    return Verified(mismatch, rewrites if mismatch is None else ())
+
+
+def run_beside(
+    compact: nn.Module,
+    subject: Subject,
+    number: int,
+    plan: Plan,
+    widths: "MaskedWidths",
+    mode: Mode,
+    *watchers: AbstractContextManager[Any],
+) -> Mismatch | None:
+    """Run a sliced model in one mode; where it departs from trace `number`."""
+    log = OperatorLog()
+    problem = None
+    try:
+        forward(subject, compact, mode, subject.sample(mode.batch), *watchers, log)
+    except Exception as error:  # whatever the user's own forward raises on a width it does not expect
+        problem = first_line(error)
+    return compare(number, plan, widths, log.entries, problem)
+
+
+def prove_rewrites(
+    sliced: nn.Module, subject: Subject, plans: Sequence[Plan], kept: Mask, rewrites: tuple[Rewrite, ...]
+) -> Mismatch | None:
+    """Where a sliced model with its rewrites in place does not do as planned, or not run on a batch of another size."""
+    for number, (plan, mode) in enumerate(zip(plans, subject.modes, strict=True)):
+        compact = install(clone(sliced), rewrites)
+        mismatch = run_beside(compact, subject, number, plan, plan.widths(kept), mode)
+        if mismatch is not None:
+            return mismatch
+        log = OperatorLog()
+        try:
+            forward(subject, install(clone(sliced), rewrites), mode, subject.sample(LARGER_BATCH), log)
+        except UnforeseenNumberError as error:
+            at = next(record for record in plan.trace.calls if record.call.place == error.place)
+            return Mismatch(number, position_of(plan.trace, at), str(error))
+        except Exception as error:  # as above
+            stopped = min(len(log.entries), len(plan.trace.operations) - 1)
+            return Mismatch(number, stopped, f"with {LARGER_BATCH} samples: {first_line(error)}", raised=True)
+    return None
+
+
+def position_of(trace: Trace, record: CallRecord) -> int:
+    """The operator that made what a call returned; the first that read it where the call ran none."""
+    results = set(record.results)
+    made = (i for i, operation in enumerate(trace.operations) if results & {*operation.outputs})
+    read = (i for i, operation in enumerate(trace.operations) if results & {*operation.inputs})
+    return next(made, next(read, len(trace.operations) - 1))
 
 
 def compare(

@@ -246,7 +246,6 @@ class RewriteRecord(Record):
     training: bool
     function: str
     place: str
-    time: Count
     argument: Count
     old: Scalar
     new: Scalar

@@ -1,7 +1,7 @@
 """Submodels: cutting one out of a network, and building one again from its folder."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,14 @@ from cahfp_cli.checkpoint.metadata import SubmodelMetadata, dump_metadata, read_
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.adapters import adapt
+from cahfp_cli.coupling.calls import SIZES
+from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups
-from cahfp_cli.coupling.meta_run import forward
+from cahfp_cli.coupling.meta_run import Subject, forward
 from cahfp_cli.coupling.operator_log import OperatorLog
 from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
-from cahfp_cli.coupling.slicing import slice_module, to_meta
+from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
@@ -199,33 +201,51 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     check_map_fits(folder / INDEX_MAP, index_map, network)
     buffers = {name: entry.axes for name, entry in index_map.buffers.items()}
     compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()} | buffers)
-    sample = torch.empty((1, *metadata.input_shape), dtype=torch_type(metadata.input_dtype), device="meta")
-    install_checked(folder / INDEX_MAP, compact, network, index_map.rewrites, sample)
+    dtype = torch_type(metadata.input_dtype)
+    subject = Subject(network, metadata.input_shape, dtype, False, torch.get_default_dtype())
+    install_checked(folder / INDEX_MAP, compact, subject, index_map.rewrites)
     check_tensors(folder / TENSORS, tensors, compact)
     check_finite(folder / TENSORS, tensors)
     compact.load_state_dict(tensors, strict=False)
     return LoadedSubmodel(compact.eval(), tensors, metadata, index_map, folder)
 
 
-def install_checked(
-    path: Path, compact: nn.Module, network: nn.Module, rewrites: tuple[Rewrite, ...], sample: torch.Tensor
-) -> None:
+def install_checked(path: Path, compact: nn.Module, subject: Subject, rewrites: tuple[Rewrite, ...]) -> None:
     """Put a map's rewrites in place. They come from a file, so they may neither break the network nor make it larger:
-    a run on `sample` and a copy of the network, all meta tensors, shows that, where nothing is allocated.
+    a run on meta tensors shows that, where nothing is allocated; a network that reads values is run on real ones.
 
+    Args: subject: the full network.
     Raises: InputError: they do not fit the network's code.
     """
     if not rewrites:
         return
-    full, cut_down = OperatorLog(), OperatorLog()
+    longest = max(n for tensor in tensors_of(subject.model).values() for n in (0, *tensor.shape))
+    sizes = (one for one in rewrites if one.function in SIZES)
+    grown = next((one for one in sizes if not -1 <= one.new <= max(one.old, longest)), None)
+    if grown is not None:
+        raise InputError(f"{path}: its rewrites make {grown.old} into {grown.new}; the map is damaged.")
     try:
-        forward(to_meta(network), (sample,), False, full)
-        forward(install(to_meta(compact), rewrites), (sample,), False, cut_down)
+        install(compact, rewrites)
+        if not runs_on_meta(path, compact, subject):
+            forward(subject, clone(compact), subject.modes[0], subject.sample(1))
+    except InputError:
+        raise
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"{path}: its rewrites do not fit the network's code: {first_line(error)}") from error
+
+
+def runs_on_meta(path: Path, compact: nn.Module, subject: Subject) -> bool:
+    """Whether the full network runs on meta tensors; then the compact one must too, and give nothing larger."""
+    bare = replace(subject, model=to_meta(subject.model), on_meta=True)
+    full, cut_down = OperatorLog(), OperatorLog()
+    try:
+        forward(bare, bare.model, bare.modes[0], bare.sample(1), full)
+    except Exception:  # it reads values, or makes tensors elsewhere
+        return False
+    forward(bare, to_meta(compact), bare.modes[0], bare.sample(1), cut_down)
     if cut_down.largest() > full.largest():
         raise InputError(f"{path}: its rewrites make the network larger than the full one; the map is damaged.")
-    install(compact, rewrites)
+    return True
 
 
 def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:

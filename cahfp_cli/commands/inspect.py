@@ -125,6 +125,7 @@ def describe_groups(
         "groups": sum(family.groups for family in found.families),
         "families": [{**asdict(family), "tensors": list(family.tensors)} for family in found.families],
         "pinned": [{"tensor": name, "elements": size, "reason": reason} for name, size, reason in found.pinned],
+        "remarks": list(analysis.behaviour.remarks),
         "rewritten": list(found.rewritten),
         "traced": "shapes only" if found.on_meta else "with real tensors: the code reads values",
     }
@@ -147,7 +148,8 @@ def human_groups(result: Json) -> str:
     rewritten = {"rewritten in a submodel": result["rewritten"]} if result["rewritten"] else {}
     head = {key: result[key] for key in ("kind", "file", "traced", "groups")}
     share = {"prunable share of the parameters": f"{result['prunable_share']:.2%}"}
-    return human({**head, **share, "families": families, **pinned, **rewritten})
+    remarks = {"remarks": result["remarks"]} if result["remarks"] else {}
+    return human({**head, **share, "families": families, **pinned, **rewritten, **remarks})
 
 
 def shortened(names: list[str], most: int = 3) -> str:

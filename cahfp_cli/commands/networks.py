@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cahfp_cli.checkpoint.metadata import InputDtype, ModelSpec
+    from cahfp_cli.coupling.analysis import Analysis
     from cahfp_cli.data.dataset import Dataset
+    from cahfp_cli.output import Console
     from cahfp_cli.pruning.submodel import LoadedSubmodel
 
 
@@ -113,6 +115,29 @@ def open_network(
         tensors=checkpoint.tensors,
         submodel=None,
     )
+
+
+def analysed(network: Network, console: "Console", data: "Dataset | None" = None) -> "Analysis":
+    """The structure of a network, run on the first of the samples that there are; what its runs showed is said.
+
+    Raises: InputError, VerificationError: see coupling/analysis.py.
+    """
+    from cahfp_cli.coupling.analysis import analyse
+    from cahfp_cli.models.inputs import torch_type
+
+    found = analyse(network.model, network.input_shape, torch_type(network.input_dtype), first_samples(data))
+    for remark in found.behaviour.remarks:
+        console.warn(remark)
+    return found
+
+
+def first_samples(data: "Dataset | None") -> "Tensor | None":
+    """As many samples as networks are compared on; None where there are fewer."""
+    import torch
+
+    from cahfp_cli.coupling.comparison import SAMPLES
+
+    return torch.from_numpy(data.x[:SAMPLES]) if data is not None and len(data) >= SAMPLES else None
 
 
 def recorded(spec: "ModelSpec") -> "ModelSpec":

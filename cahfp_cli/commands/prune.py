@@ -117,7 +117,15 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
-    from cahfp_cli.commands.networks import check_data, check_global, given, open_network, recorded
+    from cahfp_cli.commands.networks import (
+        analysed,
+        check_data,
+        check_global,
+        first_samples,
+        given,
+        open_network,
+        recorded,
+    )
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.significance.scores import read_scores
 
@@ -135,10 +143,10 @@ def prune(
     scored = read_scores(scores)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
-    from cahfp_cli.coupling.analysis import analyse, cut
+    from cahfp_cli.coupling.analysis import cut
+    from cahfp_cli.coupling.masking import check_submodel
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.models.checkpoint_io import to_array
-    from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
@@ -156,7 +164,8 @@ def prune(
     for given_data in (dataset, found):
         if given_data is not None:
             check_data(given_data, network)
-    analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
+    looked_at = found if found is not None else dataset
+    analysis = analysed(network, console, looked_at)
     if not belong_together(scored, network, analysis):
         raise InputError(
             f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
@@ -215,6 +224,7 @@ def prune(
     with console.progress("pruning") as progress:
         for target, picked in zip(targets, selections, strict=True):
             submodel, rewrites = cut(network.model, analysis, picked.kept)
+            check_submodel(network.model, analysis, picked.kept, submodel, first_samples(looked_at))
             index_map = make_index_map(arrays, analysis.groups, picked.kept, network.digest, rewrites, picked.gates)
             compact = gather_all(arrays, index_map)
             with_arrays(submodel, compact)

@@ -58,7 +58,7 @@ def score(
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
     from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target, check_no_input
-    from cahfp_cli.commands.networks import check_data, check_global, given, open_network
+    from cahfp_cli.commands.networks import analysed, check_data, check_global, given, open_network
     from cahfp_cli.errors import InputError, UsageError
 
     console = Console(json, quiet)
@@ -73,9 +73,7 @@ def score(
 
     import numpy as np
 
-    from cahfp_cli.coupling.analysis import analyse
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.significance.measure import Measuring, measure, split
     from cahfp_cli.significance.registry import find_criterion
@@ -95,7 +93,7 @@ def score(
         calibration, others = split(dataset, samples, held_out, seed)
         if len(calibration) < samples:
             console.warn(f"{data} has only {len(calibration)} samples, fewer than --samples {samples}")
-    analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
+    analysis = analysed(network, console, dataset)
     if analysis.groups.count == 0:
         raise InputError(f"{checkpoint}: no channel group of this network can be pruned.")
     network.model.to(where)

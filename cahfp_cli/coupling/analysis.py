@@ -5,7 +5,7 @@ place is pinned and the groups are solved again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 
 from cahfp_cli.coupling import rules
 from cahfp_cli.coupling.atoms import Atoms, Labels, varies
+from cahfp_cli.coupling.comparison import Behaviour, device_of, drawn_samples, examine
 from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups, solve
 from cahfp_cli.coupling.meta_run import Mode, Subject
@@ -40,12 +41,14 @@ class Analysis:
     """What is known of a network's structure.
 
     groups: its channel groups.
-    traces: the runs in evaluation mode at batch 1 and in training mode at batch 2 (`Subject.modes`).
+    traces: the runs in evaluation mode at batch 1 and in training mode at batch 2 (see `Subject.modes`).
     group_of_atom: int64 (atoms,), to read the traces' labels as groups.
     input_shape, dtype: of the sample it was traced with.
     rewritten: places in the model's code that fix a width and are rewritten in a slice, as "module: function".
     on_meta: whether the model runs on meta tensors; else it was traced on real ones.
     default_dtype: what torch makes tensors in where the model's code names none.
+    steered: whether random numbers may decide what runs while it trains.
+    behaviour: what running it showed.
     """
 
     groups: ChannelGroups
@@ -56,25 +59,44 @@ class Analysis:
     rewritten: tuple[str, ...]
     on_meta: bool
     default_dtype: torch.dtype
+    steered: bool
+    behaviour: Behaviour = field(default_factory=Behaviour)
 
     def subject(self, model: nn.Module) -> Subject:
         """A network of this structure, to be run as the analysed one was."""
         own = to_meta(model) if self.on_meta else clone(model)
-        return Subject(own, self.input_shape, self.dtype, self.on_meta, self.default_dtype)
+        return Subject(own, self.input_shape, self.dtype, self.on_meta, self.default_dtype, self.steered)
 
 
-def analyse(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Analysis:
+def analyse(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    samples: torch.Tensor | None = None,
+) -> Analysis:
     """Find the channel groups of a network.
 
     Args:
         model: any module; not changed. Its tensors may be on any device.
         input_shape: of one sample, without the batch.
         dtype: of the input; integer for token models.
+        samples: (n, *input_shape) of that dtype, at least two, to run it on; random ones are drawn without.
     Returns:
         Groups whose removal was tried on a sliced copy, in evaluation and in training mode.
     Raises:
-        InputError: the model does not run on such an input.
+        InputError: the model does not run on such an input, or cannot be copied.
+        VerificationError: a copy of it computes something else.
     """
+    analysis = find_groups(model, input_shape, dtype)
+    if any(tensor.is_meta for tensor in tensors_of(model).values()):
+        return analysis  # there are no numbers to compare
+    device = device_of(model)
+    given = drawn_samples(input_shape, dtype, device) if samples is None else samples.to(device)
+    return replace(analysis, behaviour=examine(model, given, analysis.default_dtype))
+
+
+def find_groups(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> Analysis:
+    """As `analyse`, by shapes alone: nothing is computed unless the network reads values."""
     default_dtype = torch.get_default_dtype()
     try:
         return analyse_subject(Subject(to_meta(model), input_shape, dtype, True, default_dtype))
@@ -99,7 +121,9 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
     labels = labels_of_parameters(subject.model, couplings)
     evaluation = trace(subject, subject.modes[0], couplings, labels)
     consumptions = tuple(couplings.consumptions)  # those of training alone (auxiliary heads) do not count for the loss
-    traces = (evaluation, *(trace(subject, mode, couplings, labels) for mode in subject.modes[1:]))
+    training = trace(subject, subject.modes[1], couplings, labels)
+    subject = replace(subject, steered=training.steered)
+    traces = (evaluation, training, *(trace(subject, mode, couplings, labels) for mode in subject.modes[2:]))
     pin_unreached(couplings, labels, traces)
     if revise_choices(couplings):
         return None
@@ -122,6 +146,7 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
                 tuple(sites),
                 subject.on_meta,
                 subject.default_dtype,
+                subject.steered,
             )
         if revise_choice_at(couplings, traces, proof.mismatch):
             return None

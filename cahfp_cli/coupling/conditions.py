@@ -7,6 +7,7 @@ operators then run as others. The same holds for autocast, fused attention and w
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ def random_streams(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def conditions(dtype: torch.dtype, draws: int | None = None, seed: int = 0) -> Iterator[None]:
+def conditions(dtype: torch.dtype, draws: "Draws | None" = None, seed: int = 0) -> Iterator[None]:
     """No gradients, no autocast, no deterministic mode, no fused attention, and the same random numbers every time.
 
     Args:
         dtype: what torch makes tensors in where code names none.
-        draws: 0 or 1 makes every random number the least or the largest that it can be.
-        seed: of the random numbers otherwise.
+        draws: what random numbers come out as.
+        seed: of the random numbers without it.
     """
     deterministic = torch.get_deterministic_debug_mode()
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -51,7 +52,7 @@ def conditions(dtype: torch.dtype, draws: int | None = None, seed: int = 0) -> I
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if draws is not None:
-            stack.enter_context(extreme_draws(draws))
+            stack.enter_context(extreme(draws))
         torch.set_deterministic_debug_mode("default")
         torch.backends.mha.set_fastpath_enabled(False)  # it would hide the whole attention in one operator
         torch.set_default_dtype(dtype)
@@ -63,17 +64,35 @@ def conditions(dtype: torch.dtype, draws: int | None = None, seed: int = 0) -> I
             torch.set_deterministic_debug_mode(deterministic)
 
 
+class Draws:
+    """Random numbers in turn the least (0) and the largest (1) of their range, by a pattern that is repeated; `made`
+    and `as_numbers` are whether code asked for one, as a tensor or as a number of Python."""
+
+    def __init__(self, pattern: tuple[int, ...]) -> None:
+        self.made = self.as_numbers = False
+        self._turns = cycle(pattern)
+
+    def coin(self) -> int:
+        self.made = True
+        return next(self._turns)
+
+    def unit(self) -> float:
+        return (0.0, 1.0 - 2.0**-24)[self.coin()]
+
+    def number(self) -> float:
+        self.as_numbers = True
+        return self.unit()
+
+
 @contextmanager
-def extreme_draws(which: int) -> Iterator[None]:
-    """Random numbers are the least (0) or the largest (1) of their range; Python's and NumPy's in so far as code names
-    them by their modules."""
-    value = (0.0, 1.0 - 2.0**-24)[which]
+def extreme(draws: Draws) -> Iterator[None]:
+    """Random numbers come out as `draws` says; Python's and NumPy's in so far as code names them by their modules."""
 
     def unit(*shape: int, **_: Any) -> Any:
-        return np.full(shape, value) if shape else value
+        return np.full(shape, draws.number()) if shape else draws.number()
 
     def between(low: float = 0.0, high: float = 1.0, size: Any = None) -> Any:
-        found = low + (high - low) * value
+        found = low + (high - low) * draws.number()
         return found if size is None else np.full(size, found)
 
     def sized(size: Any = None) -> Any:
@@ -90,7 +109,7 @@ def extreme_draws(which: int) -> Iterator[None]:
     try:
         for module, name, function in stand_ins:
             setattr(module, name, function)
-        with ExtremeDraws(which, value):
+        with ExtremeDraws(draws):
             yield
     finally:
         for (module, name, _), function in zip(stand_ins, own, strict=True):
@@ -98,19 +117,24 @@ def extreme_draws(which: int) -> Iterator[None]:
 
 
 class ExtremeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """As `extreme_draws`, of torch's uniform numbers, coins and integers."""
+    """As `extreme`, of torch's uniform numbers and coins."""
 
-    def __init__(self, which: int, value: float) -> None:
+    def __init__(self, draws: Draws) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.which, self.value = which, value
+        self.draws = draws
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or it imports the compiler, seconds of work, to keep it out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("rand", "rand_like"):
-            return output.fill_(self.value)
-        if name == "uniform" and len(args) > 2:
-            return output.fill_(args[1] + (args[2] - args[1]) * self.value)
-        if name == "uniform":
-            return output.fill_(self.value)
-        return output.fill_(self.which) if name == "bernoulli" else output
+        match func.overloadpacket.__name__.rstrip("_"):
+            case "rand" | "rand_like":
+                output.fill_(self.draws.unit())
+            case "uniform":
+                low, high = args[1:3] if len(args) > 2 else (0.0, 1.0)
+                output.fill_(low + (high - low) * self.draws.unit())
+            case "bernoulli":
+                output.fill_(self.draws.coin())
+        return output

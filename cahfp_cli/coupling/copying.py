@@ -49,14 +49,15 @@ def copy_with(model: M, change: Callable[[str, torch.Tensor], torch.Tensor]) -> 
     Raises: InputError: a module holds something that cannot be copied.
     """
     memo: Memo = {}
-    for name, tensor in tensors_of(model).items():
-        if id(tensor) in memo:
-            continue
-        new = change(name, tensor.detach())
-        if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = new
-    return copy_modules(model, memo)
+    with torch.inference_mode(False):  # else it could never be trained
+        for name, tensor in tensors_of(model).items():
+            if id(tensor) in memo:
+                continue
+            new = change(name, tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = new
+        return copy_modules(model, memo)
 
 
 def copy_modules(model: M, memo: Memo) -> M:

@@ -5,7 +5,7 @@ Every run, to trace a network as to prove a slice of it, is made under the same 
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cahfp_cli.coupling.conditions import conditions
+from cahfp_cli.coupling.conditions import Draws, conditions
 from cahfp_cli.coupling.slicing import clone
 
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
@@ -33,34 +33,38 @@ PRODUCTS = frozenset(
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run the model: training or evaluation, with a batch; `draws` is what random numbers come out as, the
-    least or the largest that they can be (0 or 1), None if they are drawn."""
+    """One way to run the model: training or evaluation, with a batch; `draws` is the pattern of its random numbers (see
+    `conditions.Draws`), empty if they are drawn."""
 
     training: bool
     batch: int
-    draws: int | None = None
+    draws: tuple[int, ...] = ()
+
+
+EVALUATION = Mode(training=False, batch=1)
+TRAINING = Mode(training=True, batch=2, draws=(0,))
+OTHER_TRAINING = tuple(replace(TRAINING, draws=pattern) for pattern in ((1,), (0, 1), (1, 0)))
+"""What is run as well where random numbers may decide what runs, as when layers are left out: with all that can be left
+out, and with every second of it, which ties whatever may come to follow one another."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """A network that may be run as often as needed: its model, which is left as it is, the shape and dtype of one
     sample, whether its tensors are on the meta device, as they are unless it reads values, and the dtype that torch
-    makes tensors in where its code names none."""
+    makes tensors in where its code names none; `steered` if random numbers may decide what runs."""
 
     model: nn.Module
     input_shape: tuple[int, ...]
     dtype: torch.dtype
     on_meta: bool
     default_dtype: torch.dtype
+    steered: bool = False
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """How it is traced and proved: in evaluation and in training. A network that reads values may leave out layers
-        at random while it trains: then it is run with the least and with the largest numbers that can be drawn."""
-        evaluation = Mode(training=False, batch=1)
-        if self.on_meta:
-            return evaluation, Mode(training=True, batch=2)
-        return evaluation, Mode(training=True, batch=2, draws=0), Mode(training=True, batch=2, draws=1)
+        """How it is traced and proved: in evaluation and in training."""
+        return (EVALUATION, TRAINING, *(OTHER_TRAINING if self.steered else ()))
 
     def fresh(self) -> nn.Module:
         """A copy to run: models may change their own state on the first forward."""
@@ -105,13 +109,19 @@ class WholeRecurrences(TorchFunctionMode):
 
 
 def forward(
-    subject: Subject, model: nn.Module, mode: Mode, sample: torch.Tensor, *watchers: AbstractContextManager[Any]
+    subject: Subject,
+    model: nn.Module,
+    mode: Mode,
+    sample: torch.Tensor,
+    *watchers: AbstractContextManager[Any],
+    draws: Draws | None = None,
 ) -> Any:
     """One forward pass of a copy or slice of the subject's model inside the watchers, under the same conditions as
-    every other."""
+    every other. `draws`: in place of the mode's, to see whether there were any."""
     model.train(mode.training)
+    draws = draws or (Draws(mode.draws) if mode.draws else None)
     # Attention by its plain formula: fused operators hide it where the model runs on real tensors.
-    with conditions(subject.default_dtype, mode.draws), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+    with conditions(subject.default_dtype, draws), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
         stack.enter_context(ContiguousProducts())
         stack.enter_context(WholeRecurrences())
         for watcher in watchers:

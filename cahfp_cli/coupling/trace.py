@@ -13,6 +13,7 @@ from torch import nn
 
 from cahfp_cli.coupling.atoms import fixed
 from cahfp_cli.coupling.calls import CallRecord
+from cahfp_cli.coupling.conditions import Draws
 from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.meta_run import EagerMode, Mode, Subject, bind, execute, forward, offset_of, tensors_in
 from cahfp_cli.coupling.module_stack import ModuleStack, Site
@@ -58,7 +59,8 @@ class Operation:
 class Trace:
     """Everything one run showed, in order; `inputs` and `results` are the values that went in and came out, `reached`
     the parameters and buffers that an operator read, `ran` the modules that ran; `reads_values` if the code looked at
-    what tensors hold, so that it may go another way for other data."""
+    what tensors hold, so that it may go another way for other data; `steered` if that may have been random.
+    """
 
     values: list[Value]
     operations: list[Operation]
@@ -68,6 +70,7 @@ class Trace:
     reached: frozenset[str]
     ran: frozenset[str]
     reads_values: bool
+    steered: bool
 
 
 @dataclass
@@ -234,11 +237,13 @@ def run(subject: Subject, mode: Mode, *, couplings: Couplings, labels: Mapping[s
     recorder = CallRecorder(stack, couplings, tracer.number, tracer.axes)
     sample = subject.sample(mode.batch)
     given = (tracer.number(sample),)
-    output = forward(subject, model, mode, sample, stack, recorder, tracer)
+    draws = Draws(mode.draws) if mode.draws else None
+    output = forward(subject, model, mode, sample, stack, recorder, tracer, draws=draws)
     results = [tracer.number(t) for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     for result in results:
         for axis in tracer.values[result].axes:
             couplings.atoms.pin(axis, "output of the model")
+    reads_values = recorder.reads_values or tracer.reads_values
     return Trace(
         tracer.values,
         tracer.operations,
@@ -247,7 +252,8 @@ def run(subject: Subject, mode: Mode, *, couplings: Couplings, labels: Mapping[s
         tuple(results),
         reached=frozenset(name for name, tensor in own.items() if tracer.knows(tensor)),
         ran=frozenset(stack.ran),
-        reads_values=recorder.reads_values or tracer.reads_values,
+        reads_values=reads_values,
+        steered=draws is not None and (draws.as_numbers or (draws.made and reads_values)),
     )
 
 

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "BF16", "F16", "F32", "F64"})
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

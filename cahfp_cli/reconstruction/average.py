@@ -75,18 +75,23 @@ def add(target: Floats, part: Part, values: Floats) -> None:
 
 
 def merge_integers(block: Block, previous: Array, clients: Sequence[Client]) -> Array:
-    """Merge one block of an integer or boolean tensor: a batch counter becomes the largest of the covering clients',
-    and anything else stays, as the gate has seen to. Where no client covers a counter, the previous value stays."""
-    if last_name(block.name) != COUNTER:
-        return previous
+    """Merge one block of integers or flags: each becomes the largest of the covering clients'. Where no client covers
+    it, the previous value stays.
+
+    What training counts, every client that trained has changed; a table of indices none has. So the previous value
+    also stays where one of the covering clients left it as it was, but for batch counters: then no single client can
+    change a table.
+    """
     merged = previous.copy()
     seen = np.zeros(block.block_shape, np.bool_)
+    untouched = np.zeros(block.block_shape, np.bool_)
     for part in parts_of(block, clients):
         value, before, was_seen = part.read(block.name), merged[part.places], seen[part.places]
         held = np.broadcast_to(np.asarray(part.client.counts_of(block.name, part.first, part.last)) > 0, value.shape)
         merged[part.places] = np.where(held, np.where(was_seen, np.maximum(before, value), value), before)
         seen[part.places] = was_seen | held
-    return merged
+        untouched[part.places] |= held & (value == previous[part.places])
+    return merged if last_name(block.name) == COUNTER else np.where(untouched, previous, merged)
 
 
 def _of_values(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import file_sha256, row_blocks
-from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest, raw_bytes
+from cahfp_cli.checkpoint.dtypes import FLOATS, INTEGERS, Array, largest, raw_bytes
 from cahfp_cli.checkpoint.in_memory import TensorsInMemory
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
@@ -99,8 +99,8 @@ def checked_numbers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> s
     """Check what is in the tensors of an upload; their names, shapes and dtypes are those of its index map.
 
     Returns: sha256 of the file, in hexadecimal.
-    Raises: InputError: numbers that are not finite, variances that are negative or could not be pooled, integers that
-        are not as they were sent out.
+    Raises: InputError: numbers that are not finite, variances that are negative or could not be pooled, counters of
+        batches that count none.
     """
     sha256 = _check_contents(file)
     check_integers(file, index_map, checkpoint)
@@ -178,21 +178,22 @@ def _check_contents(file: Stored) -> str:
 
 
 def check_integers(file: Tensors, index_map: IndexMap, checkpoint: Tensors) -> None:
-    """No training changes an integer but a batch counter, so anything else must be what was sent out."""
+    """Training may change integers and flags: they count steps, or say what has happened. A batch counter must be one.
+    What is neither that nor averaged, such as a complex number, must be as it was sent out."""
     for name, entry in index_map.tensors.items():
         info = checkpoint.tensors[name]
-        if info.dtype in FLOATS:
+        if info.dtype in FLOATS or (info.dtype in INTEGERS and last_name(name) != COUNTER):
             continue
         found = file.read_rows(name, 0, file.tensors[name].rows)
-        if last_name(name) == COUNTER:
+        if info.dtype in INTEGERS:
             if np.any(found < 0) or np.any(found > MOST_BATCHES):
                 raise InputError(f"{file.path}: tensor {shown(name)} counts no batches; train it again.")
             continue
         sent = checkpoint.read_rows(name, 0, info.rows)[selector(entry.axes, info.shape)]
-        if not np.array_equal(found, sent):
+        if raw_bytes(found) != raw_bytes(sent):
             raise InputError(
-                f"{file.path}: integer tensor {shown(name)} differs from the global checkpoint's, and integers are not "
-                "averaged.\nSend it back as it was, or leave this client out."
+                f"{file.path}: tensor {shown(name)} differs from the global checkpoint's, and {info.dtype} is not "
+                "merged.\nSend it back as it was, or leave this client out."
             )
 
 

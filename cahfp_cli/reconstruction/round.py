@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cahfp_cli.checkpoint.digest import BLOCK_BYTES, row_blocks
-from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array
+from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, INTEGERS, Array
 from cahfp_cli.checkpoint.safetensors_file import TensorInfo
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
@@ -66,8 +66,10 @@ def merged_blocks(info: TensorInfo, this: Round, holders: Holders | None = None)
 
     def merged(rows: tuple[int, int]) -> Array:
         block = Block(info.name, info.shape, *rows)
-        if info.dtype not in FLOATS:
+        if info.dtype in INTEGERS:
             return merge_integers(block, this.checkpoint.read_rows(info.name, *rows), this.clients)
+        if info.dtype not in FLOATS:
+            return this.checkpoint.read_rows(info.name, *rows)  # what all clients sent back, as the gate has seen to
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             values = _stepped(block, _merged_floats(block, holding, this), this).astype(DTYPES[info.dtype])
         if not np.isfinite(values).all():

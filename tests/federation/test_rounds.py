@@ -131,6 +131,37 @@ def test_a_bad_reply_is_dropped_as_if_the_client_had_been_silent(tmp_path: Path)
         assert finals(output) == finals(tmp_path / "silent"), name
 
 
+COUNTING = """
+import torch
+from torch import nn
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.uint8))
+        self.register_buffer("table", torch.arange(8))
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+            self.begun |= True
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+"""
+
+
+def test_a_network_that_counts_its_steps_is_trained_and_the_count_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(COUNTING)
+    asked = experiment(model={"spec": f"{tmp_path / 'net.py'}:Counting"}, methods=["heterofl"], rounds=2)
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE)
+    assert not any(row["dropped"] or row["failed"] for row in run.rows)
+    (final,) = (tmp_path / "out").rglob("final.safetensors")
+    with open_safetensors(final) as file:
+        assert file.read("steps") >= 2 and file.read("begun") and file.read("table").tolist() == list(range(8))
+
+
 def test_without_a_quorum_the_global_checkpoint_stays(tmp_path: Path) -> None:
     asked = experiment(methods=["heterofl"], rounds=1, clients_per_round=6, quorum=6)
     (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=first_client_of(BAD["nan"]))

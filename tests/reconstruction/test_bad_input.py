@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, Fleet, fleet, save_client, save_global
+from fleet import PROVENANCE, Fleet, fleet, load, save_client, save_global
 
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.writer import save_arrays
@@ -165,15 +165,15 @@ def test_a_signalling_nan_is_refused_without_a_warning(tmp_path):
         reconstruct(it.checkpoint, it.folders, tmp_path / "out", provenance=PROVENANCE)
 
 
-def test_integers_that_differ_between_clients_are_refused(tmp_path):
+def test_integers_that_differ_between_clients_stay_where_one_client_left_them(tmp_path):
     tensors = {"w": np.ones(3), "ids": np.arange(4)}
     save_global(tmp_path / "global", tensors)
     whole = IndexMap(
         arrays_digest(tensors), {"w": TensorMap((3,), "F64", (None,)), "ids": TensorMap((4,), "I64", (None,))}
     )
     folders = [save_client(tmp_path / f"c{n}", {"w": np.ones(3), "ids": np.arange(4) + n}, whole) for n in (0, 1)]
-    with pytest.raises(InputError, match="integer tensor 'ids'"):
-        reconstruct(tmp_path / "global", folders, tmp_path / "out", provenance=PROVENANCE, dry_run=True)
+    reconstruct(tmp_path / "global", folders, tmp_path / "out", provenance=PROVENANCE)
+    assert load(tmp_path / "out")["ids"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_result_that_its_dtype_cannot_hold_is_refused(tmp_path):

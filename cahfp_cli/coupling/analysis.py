@@ -24,7 +24,7 @@ from cahfp_cli.coupling.registry import Axes, Couplings
 from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
-from cahfp_cli.coupling.trace import Trace, labels_of_parameters, run
+from cahfp_cli.coupling.trace import Trace, TracerError, labels_of_parameters, run
 from cahfp_cli.coupling.verification import Mismatch, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
 
@@ -213,6 +213,8 @@ def trace(subject: Subject, mode: Mode, couplings: Couplings, labels: Mapping[st
     """One run on a fresh copy. Raises: InputError: the model does not run."""
     try:
         return run(subject, mode, couplings=couplings, labels=labels)
+    except TracerError:
+        raise
     except Exception as error:  # whatever the user's own forward raises
         shape, dtype = "x".join(map(str, subject.input_shape)), str(subject.dtype).removeprefix("torch.")
         raise InputError(

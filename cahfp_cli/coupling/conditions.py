@@ -14,20 +14,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-@contextmanager
-def random_streams(seed: int) -> Iterator[None]:
-    """Every random stream that a network may use, from `seed` on, and afterwards as it was."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+from cahfp_cli.models.random_streams import random_streams
 
 
 @contextmanager

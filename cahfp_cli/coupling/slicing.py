@@ -30,7 +30,8 @@ def slice_tensor(tensor: torch.Tensor, axes: tuple[NDArray[np.int32] | None, ...
         shape = [n if index is None else len(index) for n, index in zip(tensor.shape, axes, strict=True)]
         return tensor.new_empty(shape)
     if all(index is None for index in axes):
-        return tensor.clone(memory_format=torch.contiguous_format)
+        dense = tensor.layout == torch.strided
+        return tensor.clone(memory_format=torch.contiguous_format) if dense else tensor.clone()
     for axis, index in enumerate(axes):
         if index is not None:
             tensor = tensor.index_select(axis, torch.from_numpy(index.astype(np.int64)).to(tensor.device))

@@ -73,6 +73,10 @@ class Trace:
     steered: bool
 
 
+class TracerError(RuntimeError):
+    """A fault of ours, which says nothing about the network."""
+
+
 @dataclass
 class Tracer(EagerMode):
     """Labels tensors while a model runs. `known` names the tensors (parameters, buffers) whose labels are given."""
@@ -109,7 +113,9 @@ class Tracer(EagerMode):
 
     def add(self, tensor: torch.Tensor, axes: Axes, parameter: ParameterView | None = None) -> int:
         number = len(self.values)
-        storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
+        storage = number  # of sparse tensors and the like, which have several
+        if tensor.layout == torch.strided:
+            storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
         self.values.append(Value(axes, tensor.element_size(), storage, parameter))
         self._numbers[id(tensor)] = number
         self._alive.append(tensor)
@@ -120,12 +126,21 @@ class Tracer(EagerMode):
         tensors = tensors_in(bound.values())
         read = [self.number(t) for t in tensors]
         output = execute(func, args, kwargs or {})
+        try:
+            self.note(func, bound, tensors, read, output)
+        except Exception as error:
+            name = func.overloadpacket.__name__
+            raise TracerError(f"operator {name} cannot be noted: {first_line(error)}") from error
+        return output
+
+    def note(self, func: Any, bound: dict[str, Any], tensors: list[torch.Tensor], read: list[int], output: Any) -> None:
+        """Write down an operator that ran: what it read and gave, and the labels of that."""
         written = tensors_in([output])
         name = func.overloadpacket.__name__
         masks = name in MASKING and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         self.reads_values |= name in READING or masks
         if not written:
-            return output
+            return
         call = Call(
             func,
             bound,
@@ -160,7 +175,6 @@ class Tracer(EagerMode):
                 self.stack.innermost(),
             )
         )
-        return output
 
     def label(self, call: Call) -> Result:
         """Labels of the output by the operator's rule; all inputs are pinned without one, and where it does not foresee

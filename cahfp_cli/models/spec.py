@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cahfp_cli.checkpoint.metadata import ModelSpec, Scalar
@@ -13,6 +12,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.factories import call, nearest, run_factory, user_code
 from cahfp_cli.models import resnet, vgg
 from cahfp_cli.models.libraries import LIBRARIES, build_from_library
+from cahfp_cli.models.random_streams import random_streams
 
 BUILT_IN = {
     "vgg11": vgg.vgg11,
@@ -71,8 +71,7 @@ def build(spec: ModelSpec, input_shape: tuple[int, ...], classes: int | None, se
     for name, option in OWN_OPTIONS.items():
         if name in spec.args:
             raise UsageError(f"--model-arg {name}=...: use {option} instead.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with random_streams(seed):
         model = make(spec, tuple(input_shape), classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec.spec!r} returned a {type(model).__name__}, not a torch.nn.Module.")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from cahfp_cli.errors import UsageError
+from cahfp_cli.models.random_streams import random_streams
 
 NAMES = ("auto", "cpu", "cuda", "mps")
 
@@ -33,14 +34,12 @@ def use_threads(n: int | None) -> None:
 
 @contextmanager
 def repeatable(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the block with the random state of `seed` and deterministic algorithms, then put both back.
+    """Run the block with all random streams from `seed` and deterministic algorithms, then put both back.
 
     An operator without a deterministic form warns and still runs.
     """
     mode = torch.get_deterministic_debug_mode()
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+    with random_streams(seed, () if device.type == "cpu" else (device,)):
         # Not use_deterministic_algorithms, which does the same but imports torch's compiler (1 s).
         torch.set_deterministic_debug_mode("warn")
         try:

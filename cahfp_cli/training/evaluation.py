@@ -14,6 +14,7 @@ from torch import nn
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset, Labels
 from cahfp_cli.errors import InputError
+from cahfp_cli.models.random_streams import random_streams
 from cahfp_cli.training import onnx_session
 from cahfp_cli.training.logits import class_logits
 
@@ -30,14 +31,15 @@ class Metrics:
 
 
 def evaluate(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device) -> Metrics:
-    """Measure a module, moved to `device`; its training mode is left as it was.
+    """Measure a module, moved to `device`; its training mode is left as it was. What it draws at random, it draws alike
+    every time.
 
     Raises: InputError: the data does not fit the model, or the outputs are not finite.
     """
     was_training = model.training
     model.to(device).eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), random_streams(0, () if device.type == "cpu" else (device,)):
             return measure(
                 (class_logits(model, x, dataset.classes, device).cpu().double().numpy(), y)
                 for x, y in batches(dataset, batch_size, seed=None)

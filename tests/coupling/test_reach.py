@@ -8,6 +8,7 @@ from torch import nn
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.masking import check_submodel, masked
+from cahfp_cli.coupling.trace import TracerError
 
 
 def whole(groups, name):
@@ -169,3 +170,27 @@ def test_tensors_without_entries_do_no_harm(size):
     analysis = analyse(model, (4,))
     kept = np.arange(analysis.groups.count) % 2 == 0
     check_submodel(model.eval(), analysis, kept, cut(model, analysis, kept)[0])
+
+
+def test_a_fault_of_the_tracer_is_not_reported_as_the_networks(monkeypatch):
+    def broken(*_):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("cahfp_cli.coupling.trace.seen", broken)
+    with pytest.raises(TracerError, match="cannot be noted: tuple index"):
+        analyse(nn.Sequential(nn.Linear(4, 3)), (4,))
+
+
+def test_a_sparse_buffer_is_followed_like_a_constant():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.register_buffer("mix", torch.eye(4).to_sparse())
+
+        def forward(self, x):
+            return self.b(torch.sparse.mm(self.mix, self.a(x).t()).t())
+
+    model = Mixed().eval()
+    groups = analyse(model, (4,)).groups
+    assert whole(groups, "b.weight")

@@ -164,7 +164,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     values = (value for _, own in attributes for value in own.values())
     held = [(value, copy.copy(value)) for value in values if isinstance(value, dict | list | set | deque)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    dense = (buffer for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta)
+    buffers = [(buffer, buffer.clone()) for buffer in dense]
     try:
         yield
     finally:

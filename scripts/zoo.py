@@ -20,25 +20,21 @@ the share of networks that each command took, the bar beside it, and `holds`.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import multiprocessing
 import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from forked import Limits, each  # noqa: E402
 from zoo_networks import CLASSES, LIBRARIES, QUICK, TOKENS, Subject, names_of, randomise, subject_of  # noqa: E402
 
 STAGES = ("coupling", "score", "prune", "onnx", "load", "train", "reconstruct")
@@ -88,30 +84,14 @@ class Bench:
         np.savez(self.folder / "data.npz", x=self.samples(2 * SAMPLES).numpy(), y=labels, classes=np.int64(CLASSES))
 
 
-def cahfp(*arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process: its exit code and what it printed."""
-    from cahfp_cli.app import main
-
-    said, warned, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["cahfp", *map(str, arguments)]
-    code: object = 0
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
-            main()
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        sys.argv = before
-    return int(code) if isinstance(code, int) else 0, said.getvalue(), warned.getvalue()
-
-
 def well(*arguments: object) -> Record:
     """What a command that must succeed printed with --json. Raises: FailedError: it did not; its code and message."""
-    code, said, warned = cahfp(*arguments, "--json", "--quiet")
-    if code != 0:
-        lines = [line for line in warned.splitlines() if line.strip() and not line.startswith("warning:")]
-        raise FailedError(f"exit {code}: {' '.join(lines).removeprefix('error: ')[-400:]}")
-    result: Record = json.loads(said)
+    from tests.here import cahfp
+
+    said = cahfp(*arguments, "--json", "--quiet")
+    if said.code != 0:
+        raise FailedError(f"exit {said.code}: {said.error[-400:]}")
+    result: Record = said.json
     return result
 
 
@@ -298,15 +278,11 @@ NEEDS = {"load": "sub", "train": "sub", "reconstruct": "sub"}
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def work(library: str, name: str, folder: Path, memory: float) -> None:
+def work(named: tuple[str, str], folder: Path) -> None:
     """All stages of one network, in a process of its own; each leaves a line in `folder`/stages.jsonl."""
     import torch
 
-    limit = int(memory * 1e9)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    noise = (folder / "noise.txt").open("w")
-    os.dup2(noise.fileno(), 2)
-    os.dup2(noise.fileno(), 1)
+    library, name = named
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with (folder / "stages.jsonl").open("w") as log:
@@ -366,51 +342,13 @@ def gathered(library: str, name: str, folder: Path, ending: str) -> Record:
     return {"library": library, "name": name, "cpu": cpu, **end, "setup": setup, "stages": stages}
 
 
-@dataclass
-class Running:
-    """A network's process, its folder, and when it must have ended."""
-
-    library: str
-    name: str
-    home: "tempfile.TemporaryDirectory[str]"
-    process: BaseProcess
-    deadline: float
-
-
-def run_all(jobs: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[Record]:
-    """Records of networks as they end, so many at a time."""
-    preload([library for library, _ in jobs])
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(jobs), []
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            library, name = waiting.pop(0)
-            home = tempfile.TemporaryDirectory(prefix="zoo-", dir=options.folder)
-            process = context.Process(target=work, args=(library, name, Path(home.name), options.memory))
-            process.start()
-            running.append(Running(library, name, home, process, time.monotonic() + options.limit))
-        time.sleep(0.05)
-        for one in list(running):
-            late = time.monotonic() > one.deadline
-            if one.process.is_alive() and not late:
-                continue
-            ending = f"more than {options.limit:.0f} s" if one.process.is_alive() else ""
-            if one.process.is_alive():
-                one.process.kill()
-            one.process.join()
-            code = one.process.exitcode or 0
-            yield gathered(one.library, one.name, Path(one.home.name), ending or (f"ended by {code}" if code else ""))
-            one.home.cleanup()
-            running.remove(one)
-
-
 def preload(libraries: list[str]) -> None:
     """Import what every process would import; none of it starts threads."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     import importlib
 
     names = ["torch", "torch._dynamo", "torch.export", "torch.onnx", "onnx", "onnxscript", "onnxruntime", "scipy.stats"]
-    for name in [*names, "safetensors.torch", "cahfp_cli.app", *set(libraries)]:
+    for name in [*names, "safetensors.torch", "cahfp_cli.app", *libraries]:
         importlib.import_module(name)
 
 
@@ -530,8 +468,10 @@ def main() -> None:
         jobs += [(library, name) for name in wanted if options.again or (library, name) not in there]
     jobs = jobs[int(part) - 1 :: int(of)]
     print(f"{len(jobs)} networks on {tried}", file=sys.stderr)
-    for record in run_all(jobs, options):
-        record["commit"] = tried
+    preload(sorted({library for library, _ in jobs}))
+    limits = Limits(options.limit, options.memory, options.jobs, options.folder)
+    for (library, name), folder, ending in each(jobs, work, limits):
+        record = {**gathered(library, name, folder, ending), "commit": tried}
         with options.output.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(" | ".join(row(record)), flush=True)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from cahfp_cli.checkpoint.dtypes import Array, dtype_code, raw_bytes
+from cahfp_cli.checkpoint.dtypes import PACKED, Array, dtype_code, raw_bytes
 from cahfp_cli.checkpoint.safetensors_file import TensorInfo
 from cahfp_cli.checkpoint.sharded import Tensors, open_checkpoint
 from cahfp_cli.errors import InputError
@@ -66,6 +66,8 @@ def row_blocks(info: TensorInfo, block_bytes: int | None = None) -> list[tuple[i
     """Ranges of rows, each of about `block_bytes` (`BLOCK_BYTES`) and at least one row, that make up the tensor."""
     block_bytes = block_bytes or BLOCK_BYTES
     step = max(1, block_bytes * info.rows // max(1, info.nbytes))
+    if info.dtype in PACKED:
+        step = -(-step // 4) * 4  # four rows fill whole bytes, however long they are
     return [(first, min(first + step, info.rows)) for first in range(0, info.rows, step)] if info.nbytes else []
 
 

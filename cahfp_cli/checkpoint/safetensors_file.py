@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from typing import Any
 import numpy as np
 
 from cahfp_cli.checkpoint import strict_json
-from cahfp_cli.checkpoint.dtypes import DTYPES, Array
+from cahfp_cli.checkpoint.dtypes import BITS, PACKED, Array, numpy_type, stored_bytes, unpacked
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
+CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode categories that no name has: what moves a cursor, halves of characters, and ends of lines."""
 MAX_AXES = 32
 MAX_SIZE = 2**62
 """Of a length, an offset, or a tensor in bytes: more than any machine holds, and few enough digits for a message."""
@@ -48,8 +51,8 @@ class TensorInfo:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
-        return DTYPES[self.dtype].itemsize
+        """Bytes an element in an array."""
+        return numpy_type(self.dtype).itemsize
 
     @property
     def rows(self) -> int:
@@ -99,7 +102,7 @@ class SafetensorsFile:
         Raises: InputError: no such tensor, or the file is no longer what was validated.
         """
         info = self._info(name)
-        return self._elements(info, info.start, info.shape)
+        return self._elements(info, 0, info.shape)
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
         """Rows first..last-1 (axis 0) of tensor `name`: (last - first, *shape[1:]); a scalar is its own row 0.
@@ -112,8 +115,7 @@ class SafetensorsFile:
             raise IndexError(f"rows {first}:{last} of {info.rows}")
         if not info.shape:
             return self.read(name)
-        row_bytes = info.nbytes // info.rows if info.rows else 0
-        return self._elements(info, info.start + first * row_bytes, (last - first, *info.shape[1:]))
+        return self._elements(info, first * math.prod(info.shape[1:]), (last - first, *info.shape[1:]))
 
     def read_header(self) -> bytes:
         """Everything before the first element: the header's length and the header.
@@ -131,13 +133,23 @@ class SafetensorsFile:
             raise InputError(f"{self.path}: it has no tensor {shown(name)}.")
         return self.tensors[name]
 
-    def _elements(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> Array:
-        array = np.empty(shape, DTYPES[info.dtype])
+    def _elements(self, info: TensorInfo, before: int, shape: tuple[int, ...]) -> Array:
+        """Those of `shape` that come after `before` others."""
+        if info.dtype in PACKED:
+            return self._packed(info, before, shape)
+        array = np.empty(shape, numpy_type(info.dtype))
         with self._descriptor() as handle:
-            self._fill(handle, array.reshape(-1).view(np.uint8).data, start)
+            self._fill(handle, array.reshape(-1).view(np.uint8).data, info.start + before * array.itemsize)
         if info.dtype == "BOOL" and np.any(array.view(np.uint8) > 1):
             raise InputError(f"{self.path}: tensor {shown(info.name)} holds booleans that are neither 0 nor 1.")
         return array.byteswap() if sys.byteorder == "big" and array.itemsize > 1 else array
+
+    def _packed(self, info: TensorInfo, before: int, shape: tuple[int, ...]) -> Array:
+        first, last = (BITS[info.dtype] * elements for elements in (before, before + math.prod(shape)))
+        data = np.empty(-(-last // 8) - first // 8, np.uint8)
+        with self._descriptor() as handle:
+            self._fill(handle, data.data, info.start + first // 8)
+        return unpacked(data, info.dtype, first % 8, shape)
 
     def _fill(self, handle: int, buffer: memoryview, offset: int) -> None:
         """Read, and see afterwards that these were still the bytes that had been validated."""
@@ -260,24 +272,21 @@ def _tensor(name: str, entry: Any, data: int, size: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {shown(name)} must have exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {shown(name)} has dtype {shown(str(dtype))}; known are {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"tensor {shown(name)} has dtype {shown(str(dtype))}; known are {', '.join(BITS)}")
     if not isinstance(shape, list) or not all(map(is_size, shape)) or len(shape) > MAX_AXES:
         raise ValueError(f"tensor {shown(name)} must have a shape of at most {MAX_AXES} integers from 0 to 2^62")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise ValueError(f"tensor {shown(name)} must have two integers from 0 to 2^62 as data_offsets")
-    itemsize = DTYPES[dtype].itemsize
     # NumPy multiplies the non-zero lengths even when one of the others is 0.
-    if math.prod(filter(None, shape)) * itemsize > MAX_SIZE:
+    if math.prod(filter(None, shape)) * numpy_type(dtype).itemsize > MAX_SIZE:
         raise ValueError(f"tensor {shown(name)} is larger than any machine can hold")
     start, end = (data + offset for offset in offsets)
     if end > size:
         raise ValueError(f"tensor {shown(name)} ends at byte {end}, but the file has {size}; it is cut short")
-    if end - start != math.prod(shape) * itemsize:
-        raise ValueError(
-            f"tensor {shown(name)} has {end - start} bytes, but shape {shape} of {dtype} needs "
-            f"{math.prod(shape) * itemsize}"
-        )
+    needed = stored_bytes(dtype, math.prod(shape))
+    if end - start != needed:
+        raise ValueError(f"tensor {shown(name)} has {end - start} bytes, but shape {shape} of {dtype} needs {needed}")
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 
@@ -287,6 +296,7 @@ def is_size(value: object) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raises: ValueError: not a name for a tensor (empty, too long, control characters, or reserved)."""
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or name == "__metadata__":
+    """Raises: ValueError: not a name for a tensor (empty, too long, reserved, or with control characters)."""
+    controls = any(unicodedata.category(character) in CONTROLS for character in name if not character.isprintable())
+    if not name or len(name) > MAX_NAME_LENGTH or controls or name == "__metadata__":
         raise ValueError(f"{shown(name)} is not a name for a tensor")

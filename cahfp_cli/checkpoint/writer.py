@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cahfp_cli.checkpoint.dtypes import DTYPES, Array, dtype_code, raw_bytes
+from cahfp_cli.checkpoint.dtypes import Array, dtype_code, numpy_type, raw_bytes, stored_bytes
 from cahfp_cli.checkpoint.safetensors_file import LENGTH_BYTES, check_name
 
 
@@ -20,7 +20,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return stored_bytes(self.dtype, math.prod(self.shape))
 
 
 def write_safetensors(
@@ -62,7 +62,7 @@ def layout(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[
     Raises: ValueError: names repeat.
     """
     # Wide elements first: each tensor then starts at a multiple of its element size, which mapping readers rely on.
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+    ordered = sorted(tensors, key=lambda tensor: (-numpy_type(tensor.dtype).itemsize, tensor.name))
     header = _header(ordered, metadata)
     return ordered, len(header).to_bytes(LENGTH_BYTES, "little") + header
 

@@ -8,14 +8,16 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from cahfp_cli.checkpoint.digest import arrays_digest, content_digest
-from cahfp_cli.checkpoint.dtypes import DTYPES
+from cahfp_cli.checkpoint.dtypes import BITS, DTYPES, PACKED
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import TensorSpec, save_arrays, write_safetensors
 from cahfp_cli.errors import InputError
@@ -118,6 +120,51 @@ def test_digest_depends_on_names_dtypes_shapes_and_bits():
     )
 
 
+@pytest.mark.parametrize("code", PACKED)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (4, 1, 3), (12, 5)])
+def test_packed_elements_survive_a_round_trip_whole_in_rows_and_in_blocks(tmp_path, code, shape, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 2 ** BITS[code], shape, np.uint8).view(PACKED[code])
+    save_arrays(tmp_path / "x", {"x": values, "after": np.ones(3, np.float32)}, {})
+    with safe_open(tmp_path / "x", "np") as library:
+        assert set(library.keys()) == {"x", "after"}
+    with open_safetensors(tmp_path / "x") as file:
+        assert file.tensors["x"].nbytes == values.size * BITS[code] // 8
+        assert file.read("x").tobytes() == values.tobytes()
+        for first in range(len(values)):
+            assert file.read_rows("x", first, len(values)).tobytes() == values[first:].tobytes()
+    monkeypatch.setattr("cahfp_cli.checkpoint.digest.BLOCK_BYTES", 1)
+    assert content_digest(tmp_path / "x") == arrays_digest({"x": values, "after": np.ones(3, np.float32)})
+
+
+def test_types_of_the_library_that_numpy_lacks_are_read_as_it_wrote_them(tmp_path):
+    scales = torch.arange(1, 5, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    nibbles = torch.tensor([[0x21, 0x43], [0x65, 0x87]], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_torch({"f8": scales, "f4": nibbles, "c": torch.tensor([1 + 2j])}, tmp_path / "x")
+    with open_safetensors(tmp_path / "x") as file:
+        assert {name: (info.dtype, info.shape) for name, info in file.tensors.items()} == {
+            "f8": ("F8_E8M0", (4,)),
+            "f4": ("F4", (2, 4)),
+            "c": ("C64", (1,)),
+        }
+        assert file.read("f8").astype(np.float64).tolist() == [2.0**k for k in range(-126, -122)]
+        assert file.read("f4").view(np.uint8).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+        assert file.read("c").tolist() == [1 + 2j]
+
+
+@pytest.mark.parametrize(
+    "name", ["block\u00a01.weight", "no\u00adbreak", "\u200bzero", "\ue000", "a\u202eb", "层.权重"]
+)
+def test_any_text_without_control_characters_is_a_name(tmp_path, name):
+    save_file({name: np.zeros(2, np.float32)}, tmp_path / "x")
+    save_arrays(tmp_path / "y", {name: np.zeros(2, np.float32)}, {})
+    with open_safetensors(tmp_path / "x") as file:
+        assert list(file.tensors) == [name]
+    assert content_digest(tmp_path / "x") == content_digest(tmp_path / "y")
+    with open_safetensors(tmp_path / "y") as file, pytest.raises(InputError) as error:
+        file.read(name + "?")
+    assert str(error.value).isprintable()
+
+
 def test_a_resaved_file_is_the_same_checkpoint(tmp_path):
     save_file(ARRAYS, tmp_path / "library")
     save_arrays(tmp_path / "ours", ARRAYS, {"x": "y"})
@@ -187,6 +234,7 @@ DAMAGED = {
     "entry is no object": raw({"x": 1}),
     "missing field": raw({"x": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "extra field": raw({"x": entry(extra=1)}, bytes(8)),
+    "packed elements that end inside a byte": raw({"x": entry(dtype="F4", shape=[3], data_offsets=[0, 2])}, bytes(2)),
     "unknown dtype": raw({"x": entry(dtype="F31")}, bytes(8)),
     "dtype is no string": raw({"x": entry(dtype=["F32"])}, bytes(8)),
     "negative shape": raw({"x": entry(shape=[-2, -1])}, bytes(8)),

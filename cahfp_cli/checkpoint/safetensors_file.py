@@ -5,6 +5,7 @@ Layout: a little-endian u64 header length, the header (JSON: name -> dtype, shap
 mapped pages count as memory, and a file that shrinks under a map kills the process.
 """
 
+import hashlib
 import math
 import os
 import stat
@@ -32,6 +33,9 @@ CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})
 MAX_AXES = 32
 MAX_SIZE = 2**62
 """Of a length, an offset, or a tensor in bytes: more than any machine holds, and few enough digits for a message."""
+MOST_READS = 10
+"""Of the same bytes of a file whose links or rights change each time."""
+HASHED_BYTES = 1 << 20
 _NO_PICKLES = "is a zip archive or a pickle, and pickles are not read here: save the weights as safetensors"
 
 
@@ -63,6 +67,10 @@ class TensorInfo:
 class SafetensorsFile:
     """A validated file. As a context manager it holds the file open; once closed, each read opens it again, and
     refuses if it is no longer the file that was validated. So thousands of files cost no open descriptors.
+
+    sha256: of the bytes as they were validated, once that is known. A hard link, a backup or a change of rights alters
+    the time of the last change of the file's status, as does whoever rewrites it and sets its other time back: from
+    then on such a file is hashed anew before it is read further.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class SafetensorsFile:
         self.tensors = tensors
         self.metadata = metadata
         self._handle: int | None = handle
+        self.sha256: str | None = None
         self._identity = identity
 
     def __enter__(self) -> "SafetensorsFile":
@@ -128,6 +137,22 @@ class SafetensorsFile:
             self._fill(handle, memoryview(header), 0)
         return bytes(header)
 
+    def hashed(self) -> str:
+        """sha256 of the whole file, in hexadecimal; it is known from then on.
+
+        Raises: InputError: the file is no longer what was validated.
+        """
+        with self._descriptor() as handle:
+            found = _sha256(handle)
+            if not self._same(os.fstat(handle)):
+                raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
+        self.sha256 = found
+        return found
+
+    def _same(self, status: os.stat_result) -> bool:
+        """Whether a file is, as far as its status tells, the one that was validated: links and rights do not count."""
+        return _identity(status)[:-1] == self._identity[:-1]
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise InputError(f"{self.path}: it has no tensor {shown(name)}.")
@@ -153,10 +178,18 @@ class SafetensorsFile:
 
     def _fill(self, handle: int, buffer: memoryview, offset: int) -> None:
         """Read, and see afterwards that these were still the bytes that had been validated."""
-        if not _read_into(handle, buffer, offset):
-            raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
-        if _identity(os.fstat(handle)) != self._identity:
-            raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
+        for _ in range(MOST_READS):
+            if not _read_into(handle, buffer, offset):
+                raise InputError(f"{self.path}: it became shorter while it was read; run again on a file at rest.")
+            status = os.fstat(handle)
+            if not self._same(status):
+                break
+            if self.sha256 is None or _identity(status) == self._identity:
+                return
+            if _sha256(handle) != self.sha256:
+                break
+            self._identity = _identity(status)  # and read again: it may have been something else meanwhile
+        raise InputError(f"{self.path}: it changed while it was in use; run again on a file at rest.")
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:
@@ -202,6 +235,15 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise InputError(f"{path}: it is {kind}; a .safetensors file is expected.")
     return handle, status
+
+
+def _sha256(handle: int) -> str:
+    """Of all bytes of a file."""
+    digest, buffer, offset = hashlib.sha256(), bytearray(HASHED_BYTES), 0
+    while count := os.preadv(handle, [buffer], offset):
+        digest.update(memoryview(buffer)[:count])
+        offset += count
+    return digest.hexdigest()
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ INDEX, FACTOR = "index", "factor"
 LEAST_FACTOR = 2.0**-6
 """All factors of an entry together are within this and its inverse: what a client changed is divided by them."""
 ROOM_BYTES = 1 << 18
-AXIS_BYTES, ENTRY_BYTES = 200, 8  # two arrays in the header; an int32 and a float32
+TENSOR_BYTES, AXIS_BYTES, ENTRY_BYTES = 100, 200, 8  # two arrays in the header; an int32 and a float32
 STATISTICS = frozenset({"running_mean", "running_var"})
 
 
@@ -358,7 +358,8 @@ def most_bytes(checkpoint: Tensors) -> int:
 
 def most_header(checkpoint: Tensors) -> int:
     """The part of `most_bytes` that is no indices or factors."""
-    header = min((info.start for info in checkpoint.tensors.values()), default=0)
+    header = min((info.start for info in checkpoint.tensors.values()), default=0)  # of shards, that of the shortest
+    header += sum(TENSOR_BYTES + 4 * len(name) for name in checkpoint.tensors)
     return ROOM_BYTES + 4 * header + AXIS_BYTES * sum(len(info.shape) for info in checkpoint.tensors.values())
 
 

@@ -6,17 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from cahfp_cli.checkpoint import strict_json
+from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 
 FORMAT = "cahfp.report/1"
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 2**27
+"""Of any report; ten million groups that were kept have less."""
+ROOM_BYTES, GROUP_BYTES, AXIS_BYTES = 2**20, 16, 512
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write exactly `path`; equal reports give equal bytes. Raises ValueError for NaN or infinite numbers."""
     text = json.dumps({**report, "format": FORMAT}, indent=2, sort_keys=True, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def most_bytes(checkpoint: Tensors) -> int:
+    """More bytes than a report on a submodel of `checkpoint` has: a line for each group that is kept, with an index
+    of an axis; a few for each family of groups; and room for the rest."""
+    lines = sum(
+        GROUP_BYTES * sum(info.shape) + (AXIS_BYTES + 12 * len(info.name)) * len(info.shape)
+        for info in checkpoint.tensors.values()
+    )
+    return min(MAX_BYTES, ROOM_BYTES + lines)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.pruning.files import REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, without_factors
+from cahfp_cli.pruning.report import most_bytes
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
 from cahfp_cli.reconstruction.gate import checked_numbers, header_bytes, read_upload
 from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.partial import Partial, read_partial
 from cahfp_cli.reconstruction.rules import RULES, Floats, Rule
 
-MAX_REPORT_BYTES = 1_000_000
 LEAST_WEIGHT, GREATEST_WEIGHT = 1e-9, 1e15  # sums and quotients of weights in this range neither overflow nor vanish
 
 
@@ -189,7 +189,7 @@ def _read(
         _check_examples(path, partial.weight, gate.max_examples * partial.members)
         return client, partial.weight
     upload = read_upload(checkpoint, digest, path, gate.maps)
-    examples = given or upload.metadata.num_examples or _reported_examples(path)
+    examples = given or upload.metadata.num_examples or _reported_examples(path, checkpoint)
     if given is None and examples is not None:
         _check_examples(path, examples, gate.max_examples)
     index_map = without_factors(upload.index_map) if keep_compensation else upload.index_map
@@ -266,14 +266,14 @@ def _by_path(paths: Sequence[Path], weights: Mapping[Path, float]) -> dict[Path,
     return result
 
 
-def _reported_examples(folder: Path) -> int | None:
+def _reported_examples(folder: Path, checkpoint: Tensors) -> int | None:
     path = folder / REPORT
     if not path.is_file():
         return None
     report: Any = strict_json.read(
         path,
-        MAX_REPORT_BYTES,
-        too_large=f"it is larger than any report of ours; pass --weight {folder}=N and remove it.",
+        most_bytes(checkpoint),
+        too_large=f"it is larger than any report of ours on such a submodel; pass --weight {folder}=N and remove it.",
         damaged=f"Make the report again, or pass --weight {folder}=N.",
     )
     count = report.get("num_examples") if isinstance(report, dict) else None

@@ -87,7 +87,8 @@ def read_curvature(folder: Path, submodel: SafetensorsFile, index_map: IndexMap,
                     )
                 sums += rows.sum(axis=1).tolist()
             means[info.name] = math.fsum(sums) / max(1, math.prod(info.shape))
-    return Curvature(file, index_map, means, digest.hexdigest())
+        file.sha256 = digest.hexdigest()
+    return Curvature(file, index_map, means, file.sha256)
 
 
 def _unscaled(rows: Array, entry: TensorMap, first: int, last: int) -> Floats:

@@ -91,7 +91,7 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         metadata = read_metadata(file, SubmodelMetadata)
         _check_digest(file.path, metadata.checkpoint, digest, checkpoint)
         _check_tensors(file, index_map)
-        sha256 = checked_numbers(file, index_map, checkpoint)
+        sha256 = file.sha256 = checked_numbers(file, index_map, checkpoint)
     return Upload(file, index_map, metadata, {TENSORS: sha256, INDEX_MAP: file_sha256(map_path)})
 
 
@@ -119,7 +119,7 @@ def _own_map(maps: Path, folder: Path) -> Path:
 
 def header_bytes(checkpoint: Tensors) -> int:
     """What a file of these tensors may have beside their elements."""
-    return HEADER_BYTES + HEADER_BYTES_A_TENSOR * len(checkpoint.tensors)
+    return HEADER_BYTES + sum(HEADER_BYTES_A_TENSOR + 4 * len(name) for name in checkpoint.tensors)  # UTF-8
 
 
 def _check_digest(path: Path, found: str, digest: str, checkpoint: Tensors) -> None:

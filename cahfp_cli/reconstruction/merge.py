@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file, check_file_target, check_folder_target
-from cahfp_cli.checkpoint.digest import content_digest, file_sha256, row_blocks
+from cahfp_cli.checkpoint.digest import content_digest, row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputFile, Provenance, metadata_or_none
 from cahfp_cli.checkpoint.ownership import foreign_in_shards
@@ -28,7 +28,7 @@ from cahfp_cli.reconstruction.in_order import in_order
 from cahfp_cli.reconstruction.report import ClientReport, ReconstructionReport, TensorCoverage
 from cahfp_cli.reconstruction.round import Round, Step, check_same_tensors
 from cahfp_cli.reconstruction.rules import Rule, rule_named
-from cahfp_cli.reconstruction.updates import Update, agreement, check_update, clipped, measured
+from cahfp_cli.reconstruction.updates import Update, agreements, check_update, clipped, faults_of_factors, measured
 from cahfp_cli.reconstruction.writing import Progress, write_checkpoint, write_partial
 
 
@@ -87,7 +87,7 @@ def reconstruct(
             check_file_target(output, force)
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
         digest, *own = in_order(
-            lambda path: _checked_digest(checkpoint) if path is None else file_sha256(path),
+            lambda file: _checked_digest(checkpoint) if file is None else file.hashed(),
             [None, *_files(checkpoint)],
             threads,
         )
@@ -106,11 +106,11 @@ def reconstruct(
         this = Round(checkpoint, tuple(clients), chosen, step, before, threads)
         covered = tuple(_coverage(this, info) for info in checkpoint.tensors.values() if info.dtype in FLOATS)
         inputs = [
-            InputFile(file=path.name, sha256=sha256) for path, sha256 in zip(_files(checkpoint), own, strict=True)
+            InputFile(file=file.path.name, sha256=found) for file, found in zip(_files(checkpoint), own, strict=True)
         ]
         made = _completed(provenance, inputs, clients, weights or {})
         result = None
-        agreements: list[float | None] = [None] * len(clients)
+        cosines: list[float | None] = [None] * len(clients)
         if not dry_run and partial:
             with atomic_file(output, force) as temporary:
                 write_partial(temporary, this, digest, keep_compensation, made, on_progress)
@@ -125,13 +125,13 @@ def reconstruct(
                 result = content_digest(merged)
                 if audit:
                     with open_checkpoint(merged) as after:
-                        agreements = [agreement(client, checkpoint, after) for client in clients]
+                        cosines = agreements(clients, checkpoint, after)
     total = sum(sum(tensor.counts) for tensor in covered)
     reports = tuple(
         ClientReport(
             client.path, client.weight, client.members, _entries(client) / max(1, total), client.shrink, update, cosine
         )
-        for client, update, cosine in zip(clients, updates, agreements, strict=True)
+        for client, update, cosine in zip(clients, updates, cosines, strict=True)
     )
     return ReconstructionReport(
         output,
@@ -164,15 +164,18 @@ def _check_options(
 def _measured(
     clients: Sequence[Client], checkpoint: Tensors, every: bool, max_update: float | None, skip_invalid: bool
 ) -> tuple[list[Client], list[Update | None], list[Refusal]]:
-    """The updates of all clients, or only of those that have factors, whose numbers may be too large without them."""
+    """The clients whose updates are sound, with these where `every` one is to be measured. Otherwise only what has
+    factors is looked at, whose numbers may be too large without them."""
+    found: Sequence[Update | InputError | None]
+    found = measured(clients, checkpoint) if every else faults_of_factors(clients, checkpoint)
     kept: list[Client] = []
     updates: list[Update | None] = []
     refused = []
-    for client in clients:
-        update = None
+    for client, update in zip(clients, found, strict=True):
         try:
-            if every or any(entry.factors for entry in client.index_map.tensors.values()):
-                update = measured(client, checkpoint)
+            if isinstance(update, InputError):
+                raise update
+            if update is not None:
                 check_update(client, update, max_update)
         except InputError as error:
             if not skip_invalid:
@@ -180,7 +183,7 @@ def _measured(
             refused.append(Refusal.of(client.path, error))
             continue
         kept.append(client)
-        updates.append(update if every else None)
+        updates.append(update)
     return kept, updates, refused
 
 
@@ -189,10 +192,8 @@ def _too_few(count: int, least: int, refused: Sequence[Refusal]) -> str:
     return f"{message}\nThe first that did not: {refused[0].reason}" if refused else message
 
 
-def _files(checkpoint: SafetensorsFile | ShardedCheckpoint) -> list[Path]:
-    return [
-        file.path for file in ([checkpoint] if isinstance(checkpoint, SafetensorsFile) else checkpoint.shards.values())
-    ]
+def _files(checkpoint: SafetensorsFile | ShardedCheckpoint) -> list[SafetensorsFile]:
+    return [checkpoint] if isinstance(checkpoint, SafetensorsFile) else list(checkpoint.shards.values())
 
 
 def _checked_digest(checkpoint: Tensors) -> str:

@@ -34,6 +34,8 @@ ELEMENT_BYTES = 8 + 8 + 4
 """Of a value, a weight and a count."""
 MOST_CLIENTS = 100_000
 """The report counts, for each tensor, how many entries 0, 1, 2, ... clients hold."""
+RECORD_BYTES = 1 << 25
+"""What an aggregate may say of itself: it lists the files of all its clients."""
 ROUNDING = 1e-9
 """What a sum of weights may be off, as a share."""
 
@@ -96,7 +98,7 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
     Raises: InputError: it is not one, of another checkpoint, or its tensors do not fit together.
     """
     elements = sum(math.prod(info.shape) * ELEMENT_BYTES for info in checkpoint.tensors.values())
-    room = 3 * header_bytes(checkpoint)
+    room = 3 * header_bytes(checkpoint) + RECORD_BYTES
     with open_safetensors(path, elements + room, room) as file:
         metadata = read_metadata(file, PartialMetadata)
         if metadata.checkpoint != digest:
@@ -114,6 +116,7 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
         hashed = hashlib.sha256(file.read_header())
         for info in sorted(file.tensors.values(), key=lambda info: info.start):
             _check_numbers(file, info, metadata, checkpoint, hashed)
+        file.sha256 = hashed.hexdigest()
         for info in checkpoint.tensors.values():
             _check_held(file, info)
             mean = mean_of(info.name, checkpoint.tensors)
@@ -130,7 +133,7 @@ def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
             metadata.clients,
             metadata.keep_compensation,
             metadata.by_curvature,
-            hashed.hexdigest(),
+            file.sha256,
         )
         check_integers(partial, partial.index_map, checkpoint)
         check_statistics(partial, partial.index_map, checkpoint)

@@ -1,7 +1,7 @@
 """How far clients moved from what they were given: norms of updates, clipping, and agreement with the result."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ import numpy as np
 
 from cahfp_cli.checkpoint.digest import row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS, Array, largest
+from cahfp_cli.checkpoint.safetensors_file import TensorInfo
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
@@ -65,33 +66,92 @@ def brought(part: Part, name: str, previous: Array, path: Path) -> Array:
     return values
 
 
-def measured(client: Client, checkpoint: Tensors) -> Update:
-    """One pass over a client and what it holds of the checkpoint. Sums are exact, so blocks do not matter.
-
-    Raises: InputError: its update is too large to have a norm.
-    """
-    squares: dict[bool, tuple[list[float], list[float]]] = {False: ([], []), True: ([], [])}
+def measured(clients: Sequence[Client], checkpoint: Tensors) -> list[Update | InputError]:
+    """One pass over the checkpoint and all clients: the update of each, or why it has none: a number is too large
+    without its factors, or the update for a norm. Sums are exact, so blocks do not matter."""
+    squares = [{statistic: (Total(), Total()) for statistic in (False, True)} for _ in clients]
+    faults: dict[int, InputError] = {}
     for info in checkpoint.tensors.values():
         for first, last in row_blocks(info) if info.dtype in FLOATS else ():
             previous = checkpoint.read_rows(info.name, first, last)
-            for part in parts_of(Block(info.name, info.shape, first, last), [client]):
+            for number, part, after in _all_brought(clients, info, (first, last), previous, checkpoint.path, faults):
                 before = previous[part.places].astype(np.float64)
-                after = brought(part, info.name, previous, checkpoint.path).astype(np.float64)
-                moved, started = squares[is_statistic(info.name)]
+                moved, started = squares[number][is_statistic(info.name)]
                 with np.errstate(over="ignore"):  # refused below
-                    moved += _row_sums((after - before) ** 2)
-                    started += _row_sums(before**2)
-    of_weights, of_statistics = (Norms(_root(moved), _root(before)) for moved, before in squares.values())
-    if not math.isfinite(of_weights.ratio + of_statistics.ratio):
-        raise InputError(f"{client.path}: its update is too large to have a norm; train it again, or leave it out.")
-    return Update(of_weights, of_statistics)
+                    moved.add((after.astype(np.float64) - before) ** 2)
+                    started.add(before**2)
+    updates: list[Update | InputError] = []
+    for number, (client, own) in enumerate(zip(clients, squares, strict=True)):
+        update = Update(*(Norms(moved.root(), started.root()) for moved, started in own.values()))
+        if not math.isfinite(update.weights.ratio + update.statistics.ratio):
+            too_large = f"{client.path}: its update is too large to have a norm; train it again, or leave it out."
+            faults.setdefault(number, InputError(too_large))
+        updates.append(faults.get(number, update))
+    return updates
 
 
-def _root(squares: list[float]) -> float:
+def faults_of_factors(clients: Sequence[Client], checkpoint: Tensors) -> list[InputError | None]:
+    """One pass over the tensors that some client has factors of: what is wrong with each client, where a number is too
+    large without its factors."""
+    faults: dict[int, InputError] = {}
+    for info in checkpoint.tensors.values():
+        holding = [client for client in clients if client.covers(info.name)]
+        if any(client.index_map.tensors[info.name].factors for client in holding):
+            for first, last in row_blocks(info):
+                previous = checkpoint.read_rows(info.name, first, last)
+                for _ in _all_brought(clients, info, (first, last), previous, checkpoint.path, faults):
+                    pass
+    return [faults.get(number) for number in range(len(clients))]
+
+
+def _all_brought(
+    clients: Sequence[Client],
+    info: TensorInfo,
+    rows: tuple[int, int],
+    previous: Array,
+    path: Path,
+    faults: dict[int, InputError],
+) -> Iterator[tuple[int, Part, Array]]:
+    """What each client without a fault brings of some rows, with its place in `clients`; a new fault is added."""
+    for number, client in enumerate(clients):
+        for part in parts_of(Block(info.name, info.shape, *rows), [client] if number not in faults else []):
+            try:
+                yield number, part, brought(part, info.name, previous, path)
+            except InputError as error:
+                faults[number] = error
+
+
+class Total:
+    """A sum of floats that is exact until its end, in little memory."""
+
+    def __init__(self) -> None:
+        self.parts: list[float] = []
+
+    def add(self, values: Floats) -> None:
+        """Add all values: row by row, so that the sum does not depend on how many rows come at a time."""
+        rows = np.ascontiguousarray(values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1))
+        self.parts = _compressed([*self.parts, *rows.sum(axis=1).tolist()])
+
+    def rounded(self) -> float:
+        return math.fsum(self.parts)
+
+    def root(self) -> float:
+        return math.sqrt(self.rounded())
+
+
+def _compressed(values: list[float]) -> list[float]:
+    """A few floats whose sum is exactly that of `values` (Shewchuk 1997): what it rounds to, what is then left, ..."""
+    found: list[float] = []
     try:
-        return math.sqrt(math.fsum(squares))
+        while rest := math.fsum([*values, *(-one for one in found)]):
+            if not math.isfinite(rest):
+                return [rest]
+            found.append(rest)
     except OverflowError:
-        return math.inf
+        return [math.inf]
+    except ValueError:  # infinities of both signs
+        return [math.nan]
+    return found
 
 
 def check_update(client: Client, update: Update, most: float | None) -> None:
@@ -114,28 +174,26 @@ def clipped(clients: Sequence[Client], updates: Sequence[Update], limit: float |
     return [replace(client, shrink=pair) for client, pair in zip(clients, zip(*shrinks, strict=True), strict=True)]
 
 
-def agreement(client: Client, checkpoint: Tensors, merged: Tensors) -> float | None:
-    """Cosine between a client's update and what the result makes of the weights that it holds; None where one of the
-    two is nothing. Drifting clients have little, and one that pushes backwards less than none."""
-    products: tuple[list[float], list[float], list[float]] = ([], [], [])
+def agreements(clients: Sequence[Client], checkpoint: Tensors, merged: Tensors) -> list[float | None]:
+    """Cosine between each client's update and what the result makes of the weights that it holds; None where one of the
+    two is nothing. Drifting clients have little, and one that pushes backwards less than none. One pass over all."""
+    products = [(Total(), Total(), Total()) for _ in clients]
     for info in checkpoint.tensors.values():
         if info.dtype not in FLOATS or is_statistic(info.name):
             continue
         for first, last in row_blocks(info):
             previous = checkpoint.read_rows(info.name, first, last)
             after = merged.read_rows(info.name, first, last)
-            for part in parts_of(Block(info.name, info.shape, first, last), [client]):
-                before = previous[part.places].astype(np.float64)
-                own = brought(part, info.name, previous, checkpoint.path).astype(np.float64) - before
-                result = after[part.places].astype(np.float64) - before
-                for sums, product in zip(products, (own * result, own**2, result**2), strict=True):
-                    sums += _row_sums(product)
-    length = _root(products[1]) * _root(products[2])
-    return math.fsum(products[0]) / length if 0 < length < math.inf else None
+            for client, sums in zip(clients, products, strict=True):
+                for part in parts_of(Block(info.name, info.shape, first, last), [client]):
+                    before = previous[part.places].astype(np.float64)
+                    own = brought(part, info.name, previous, checkpoint.path).astype(np.float64) - before
+                    result = after[part.places].astype(np.float64) - before
+                    for total, product in zip(sums, (own * result, own**2, result**2), strict=True):
+                        total.add(product)
+    return [_cosine(*sums) for sums in products]
 
 
-def _row_sums(values: Floats) -> list[float]:
-    """Row by row, so that the sums do not depend on how many rows come at a time."""
-    rows = np.ascontiguousarray(values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1))
-    sums: list[float] = rows.sum(axis=1).tolist()
-    return sums
+def _cosine(product: Total, left: Total, right: Total) -> float | None:
+    length = left.root() * right.root()
+    return product.rounded() / length if 0 < length < math.inf else None

@@ -1,5 +1,6 @@
 """Write what a round comes to: the new global checkpoint, or a partial aggregate."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,14 @@ import numpy as np
 
 from cahfp_cli.checkpoint.digest import row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS, Array
-from cahfp_cli.checkpoint.metadata import CheckpointMetadata, Provenance, dump_metadata, metadata_or_none
-from cahfp_cli.checkpoint.safetensors_file import TensorInfo
+from cahfp_cli.checkpoint.metadata import KEY, CheckpointMetadata, Provenance, dump_metadata, metadata_or_none
+from cahfp_cli.checkpoint.safetensors_file import MAX_NAME_LENGTH, TensorInfo
 from cahfp_cli.checkpoint.sharded import write_like
+from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.checkpoint.writer import TensorSpec, write_safetensors
+from cahfp_cli.errors import InputError
 from cahfp_cli.reconstruction.blocks import Block, Holders
-from cahfp_cli.reconstruction.partial import COUNT, VALUE, WEIGHT, PartialMetadata
+from cahfp_cli.reconstruction.partial import COUNT, MOST_CLIENTS, RECORD_BYTES, VALUE, WEIGHT, PartialMetadata
 from cahfp_cli.reconstruction.round import Round, merged_blocks, wide_blocks
 from cahfp_cli.reconstruction.rules import RULES
 
@@ -47,7 +50,18 @@ def write_partial(
     provenance: Provenance,
     on_progress: Progress | None,
 ) -> None:
-    """Write the partial aggregate of the round's clients to exactly `target`."""
+    """Write the partial aggregate of the round's clients to exactly `target`.
+
+    Raises: InputError: it would be larger than what `read_partial` takes.
+    """
+    members = sum(client.members for client in this.clients)
+    if members > MOST_CLIENTS:
+        raise InputError(f"{members} clients are too many for one aggregate, which has at most {MOST_CLIENTS}.")
+    longest = max(this.checkpoint.tensors, key=len, default="")
+    if len(longest) > MAX_NAME_LENGTH - len(f"{WEIGHT}."):
+        raise InputError(
+            f"the name of tensor {shown(longest)} is too long for an aggregate; merge the clients at once."
+        )
     averaged = replace(this, rule=RULES["curvature" if this.rule.by_curvature else "covered"])
     infos = this.checkpoint.tensors
     holders = {name: Holders(name, info.shape, this.clients) for name, info in infos.items()}
@@ -84,7 +98,7 @@ def write_partial(
 
     record = PartialMetadata(
         checkpoint=digest,
-        clients=sum(client.members for client in this.clients),
+        clients=members,
         weight=float(sum(client.weight for client in this.clients)),
         keep_compensation=keep_compensation,
         by_curvature=any(
@@ -93,4 +107,11 @@ def write_partial(
         ),
         provenance=provenance,
     )
-    write_safetensors(target, specs, blocks, dump_metadata(record))
+    metadata = dump_metadata(record)
+    size = len(json.dumps(metadata[KEY]))  # as it stands in the header
+    if size > RECORD_BYTES:
+        raise InputError(
+            f"the names of the files of {len(this.clients)} clients take {size} bytes, and an aggregate may have "
+            f"{RECORD_BYTES}; aggregate fewer clients at a time, or give their folders shorter names."
+        )
+    write_safetensors(target, specs, blocks, metadata)

@@ -201,7 +201,7 @@ class HoldsALock(nn.Module):
             return self.head(torch.relu(self.enter(x)))
 
 
-@odd(VECTOR)
+@odd(VECTOR, refused="a generator has no copy")
 class HoldsGenerators(nn.Module):
     """A Python generator, a counter and torch's generator of random numbers, which training draws from."""
 
@@ -253,7 +253,7 @@ class HookClosesOverSelf(nn.Module):
         return self.head(torch.relu(self.enter(x)))
 
 
-@odd(VECTOR)
+@odd(VECTOR, refused="a constant as wide as the layer, which cannot be cut")
 class PlainTensors(nn.Module):
     """A constant that is neither parameter nor buffer, and one that remembers what it was computed from."""
 
@@ -999,7 +999,7 @@ class Embedded(nn.Module):
         return self.head((h * there).sum(1) / there.sum(1).clamp_min(1))
 
 
-@odd(VECTOR)
+@odd(VECTOR, refused="a scripted part cannot be cut")
 def scripted_part() -> nn.Module:
     part = torch.jit.script(nn.Sequential(nn.Linear(12, 12), nn.ReLU()))
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), part, nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, CLASSES))
@@ -1060,7 +1060,7 @@ class OtherConvolutions(nn.Module):
         return self.head(torch.relu(self.volume(x[:, None, :, :, None]))[..., 0])
 
 
-@odd(VECTOR)
+@odd(VECTOR, refused="no gate can be measured inside torch.vmap")
 class VectorisedMap(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -64,7 +64,12 @@ def copy_modules(model: M, memo: Memo) -> M:
     """Copy a network; what `memo` has is taken from there. Modules first as empty shells, so that whatever is met on
     the way may point at any of them."""
     shells = []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or 'the network'} is a scripted module (torch.jit), which cannot be cut.\n"
+                "Pass the module that it was scripted from."
+            )
         kind = type(module)
         if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) not in ORDINARY for name in STATE_METHODS):
             continue  # its own way to be copied

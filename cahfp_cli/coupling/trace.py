@@ -113,9 +113,10 @@ class Tracer(EagerMode):
 
     def add(self, tensor: torch.Tensor, axes: Axes, parameter: ParameterView | None = None) -> int:
         number = len(self.values)
-        storage = number  # of sparse tensors and the like, which have several
-        if tensor.layout == torch.strided:
+        try:
             storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
+        except NotImplementedError:  # sparse tensors have several, those inside torch.vmap none of their own
+            storage = number
         self.values.append(Value(axes, tensor.element_size(), storage, parameter))
         self._numbers[id(tensor)] = number
         self._alive.append(tensor)
@@ -156,7 +157,8 @@ class Tracer(EagerMode):
         for tensor, axes in zip(outputs, per_tensor, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if id(tensor) not in self._numbers:  # in-place operators return a tensor that is already known
+            # In-place operators return a tensor that is already known, those that are no arithmetic with other axes.
+            if id(tensor) not in self._numbers or (name.endswith("_") and not is_arithmetic(call.op)):
                 self.add(tensor, axes if axes is not None else tuple(fixed(n) for n in tensor.shape), view)
             numbers.append(self._numbers[id(tensor)])
         constants = {k: v for k, v in bound.items() if isinstance(v, int | float | bool) or is_int_list(v)}
@@ -180,7 +182,7 @@ class Tracer(EagerMode):
         """Labels of the output by the operator's rule; all inputs are pinned without one, and where it does not foresee
         such a call: that says nothing against the network."""
         name = call.op.overloadpacket.__name__
-        found = RULES.get(name, pointwise if is_pointwise(call.op) else None)
+        found = RULES.get(name, pointwise) if is_arithmetic(call.op) else RULES.get(name.removesuffix("_"))
         reason = f"operator {name} has no rule"
         if found is not None:
             try:
@@ -193,6 +195,11 @@ class Tracer(EagerMode):
             for axis in call.axes_of(tensor):
                 self.couplings.atoms.pin(axis, reason)
         return fixed_like(call.output)
+
+
+def is_arithmetic(op: Any) -> bool:
+    """Whether an operator has a rule of this name or computes entry by entry: in place, it leaves axes as they are."""
+    return op.overloadpacket.__name__ in RULES or is_pointwise(op)
 
 
 def check_labels(labels: Result, output: Any) -> None:

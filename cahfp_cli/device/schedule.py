@@ -66,6 +66,8 @@ class _Builder:
         inputs = [value for value in dict.fromkeys(operation.inputs) if self._depends[value]]
         out = operation.outputs[0]
         if out in operation.inputs:
+            if out not in self._tensor:  # a buffer that the samples change
+                self._tensor[out] = self.allocate(out)
             self._activated.add(self._tensor[out])
         elif (
             (is_folded and self._readers[inputs[0]] == 1) or operation.name in RENAMED or self._same_expanded(operation)

@@ -9,6 +9,8 @@ from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.masking import check_submodel, masked
 from cahfp_cli.coupling.trace import TracerError
+from cahfp_cli.device.workload import make_workload
+from cahfp_cli.errors import InputError
 
 
 def whole(groups, name):
@@ -194,3 +196,58 @@ def test_a_sparse_buffer_is_followed_like_a_constant():
     model = Mixed().eval()
     groups = analyse(model, (4,)).groups
     assert whole(groups, "b.weight")
+
+
+class InPlaceViews(nn.Module):
+    """Adds, drops and exchanges axes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x)).unsqueeze_(0).transpose_(0, 2)
+        return self.b(x.transpose_(0, 2).squeeze_(0))
+
+
+@pytest.mark.parametrize("forward", [InPlaceViews.forward, lambda self, x: self.b(torch.vmap(self.a)(x))])
+def test_views_in_place_are_followed(forward, monkeypatch):
+    monkeypatch.setattr(InPlaceViews, "forward", forward)
+    model = InPlaceViews().eval()
+    analysis = analyse(model, (4,))
+    kept = np.arange(analysis.groups.count) % 2 == 0
+    compact, _ = cut(model, analysis, kept)
+    check_submodel(model, analysis, kept, compact)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(torch.ones(5, 4)), masked(model, analysis.groups, kept)(torch.ones(5, 4)))
+    if forward is not InPlaceViews.forward:
+        return
+    assert len(np.unique(analysis.groups.labels["a.weight"][0])) == 6
+
+
+def test_scripted_modules_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 2))
+    with pytest.raises(InputError, match=r"1 is a scripted module"):
+        analyse(model, (4,))
+
+
+class RemembersSamples(nn.Module):
+    """A running mean that evaluation moves too."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.head = nn.Linear(8, 12), nn.Linear(12, 4)
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x):
+        x = torch.relu(self.enter(x))
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return self.head(x - self.mean)
+
+
+def test_a_buffer_that_samples_change_has_a_cost_and_is_said():
+    model = RemembersSamples().eval()
+    analysis = analyse(model, (8,))
+    assert "changes when it runs" in analysis.behaviour.remarks[0]
+    workload = make_workload(analysis, dict.fromkeys(model.state_dict(), 4))
+    assert workload is not None

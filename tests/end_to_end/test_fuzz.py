@@ -17,34 +17,20 @@ KEEPING_ALL = ("--keep", 1.0, "--selection", "independent")
 WAYS = (fuzz.Options(), fuzz.Options(prune=CALIBRATED), fuzz.Options(prune=KEEPING_ALL))
 KNOWN = frozenset(
     [
-        "shared_dict",
-        "shared_set",
-        "weak_reference",
-        "holds_a_lock",
-        "holds_generators",
-        "plain_tensors",
         "extra_state",
         "experts",
         "one_sample_at_a_time",
         "turns_by_batch",
-        "skips_in_training",
         "infinity_in_a_mask",
         "complex_weights",
         "lazy_layers",
-        "weight_norm_by_hook",
-        "masks_of_torch_prune",
-        "weight_of_another_shape",
         "constants_through_layers",
         "half_inside",
         "double_inside",
         "autocast_inside",
         "counts_its_calls",
-        "remembers_samples",
         "spatial_output",
         "one_number",
-        "interpolated",
-        "scripted_part",
-        "vectorised_map",
     ]
 )
 """What fails today; a name goes as soon as its network passes."""

@@ -70,7 +70,7 @@ def copy_modules(model: M, memo: Memo) -> M:
                 f"{name or 'the network'} is a scripted module (torch.jit), which cannot be cut.\n"
                 "Pass the module that it was scripted from."
             )
-        kind = type(module)
+        kind: Any = type(module)
         if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) not in ORDINARY for name in STATE_METHODS):
             continue  # its own way to be copied
         memo[id(module)] = shell = kind.__new__(kind)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.commands.command import Command
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
@@ -24,7 +25,7 @@ NAME_PATTERN = r"[a-z0-9]+(-[a-z0-9]+)*"
 app = typer.Typer(help="Show, measure and apply device profiles.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_profiles(json: options.Json = False) -> None:
     """List the profiles that come with cahfp."""
     from cahfp_cli.device.catalogue import all_profiles
@@ -45,7 +46,7 @@ def list_profiles(json: options.Json = False) -> None:
     Console(json=json).result(table(columns, rows), {"profiles": [_machine(profile) for profile in profiles]})
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     name: Annotated[str, typer.Argument(help="Name or alias of a profile, or a path to a .toml file.")],
     plot: Annotated[
@@ -63,7 +64,7 @@ def show(
     Console(json=json).result(_page(profile), _machine(profile))
 
 
-@app.command()
+@app.command(cls=Command)
 def predict(
     model: Annotated[
         str,
@@ -153,7 +154,7 @@ def predict(
     Console(json=json).result(human, machine)
 
 
-@app.command()
+@app.command(cls=Command)
 def measure(
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write, a .toml file.")],

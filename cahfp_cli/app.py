@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from cahfp_cli import __version__
-from cahfp_cli.commands import evaluate, inspect, profile, prune, reconstruct, score, simulate, train
-from cahfp_cli.commands.command import Command
+from cahfp_cli.commands import evaluate, inspect, options, profile, prune, reconstruct, score, simulate, train
 from cahfp_cli.errors import CahfpError
 
 app = typer.Typer(
@@ -19,13 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(profile.app, name="profile")
-app.command(cls=Command)(train.train)
-app.command(cls=Command)(score.score)
-app.command(cls=Command)(prune.prune)
-app.command(cls=Command)(evaluate.evaluate)
-app.command(cls=Command)(reconstruct.reconstruct)
-app.command(cls=Command)(inspect.inspect)
-app.command(cls=Command)(simulate.simulate)
+app.command(cls=options.Command)(train.train)
+app.command(cls=options.Command)(score.score)
+app.command(cls=options.Command)(prune.prune)
+app.command(cls=options.Command)(evaluate.evaluate)
+app.command(cls=options.Command)(reconstruct.reconstruct)
+app.command(cls=options.Command)(inspect.inspect)
+app.command(cls=options.Command)(simulate.simulate)
 
 INTERNAL_ERROR = BROKEN_PIPE = 1
 INTERRUPTED = 130

@@ -1,9 +1,12 @@
-"""Options that several commands share, so that they read and behave the same everywhere."""
+"""What commands share, so that they read and behave the same everywhere: options, and the class that shows help."""
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typer.models import ArgumentInfo
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints, only the result.")]
@@ -48,3 +51,35 @@ InputDtype = Annotated[
 Classes = Annotated[
     int | None, typer.Option("--classes", min=1, help="Number of outputs; recorded in our checkpoints.")
 ]
+
+
+class Command(TyperCommand):
+    """A command that shows the help of its arguments, once, and no escapes that are meant for rich.
+
+    Flower asks for typer below 0.21. Under it, plain help shows "\\[required]" where rich is installed; and click from
+    8.5 on forgets the help of arguments, or lists them twice.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        helps = argument_helps(self.callback)
+        for parameter in self.params:
+            if not getattr(parameter, "help", None) and parameter.name in helps:
+                parameter.help = helps[parameter.name]  # type: ignore[attr-defined]
+
+    def format_arguments(self, ctx: Any, formatter: Any) -> None:
+        """Click's own list of arguments: nothing, since typer lists them with the options."""
+
+    def get_help(self, ctx: Any) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
+
+def argument_helps(callback: Any) -> dict[str, str]:
+    """The help of each argument of a command's function, by its name."""
+    hints = get_type_hints(inspect.unwrap(callback), include_extras=True)
+    return {
+        name: one.help
+        for name, hint in hints.items()
+        for one in getattr(hint, "__metadata__", ())
+        if isinstance(one, ArgumentInfo) and one.help
+    }

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.commands.command import Command
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
@@ -25,7 +24,7 @@ NAME_PATTERN = r"[a-z0-9]+(-[a-z0-9]+)*"
 app = typer.Typer(help="Show, measure and apply device profiles.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list", cls=Command)
+@app.command("list", cls=options.Command)
 def list_profiles(json: options.Json = False) -> None:
     """List the profiles that come with cahfp."""
     from cahfp_cli.device.catalogue import all_profiles
@@ -46,7 +45,7 @@ def list_profiles(json: options.Json = False) -> None:
     Console(json=json).result(table(columns, rows), {"profiles": [_machine(profile) for profile in profiles]})
 
 
-@app.command(cls=Command)
+@app.command(cls=options.Command)
 def show(
     name: Annotated[str, typer.Argument(help="Name or alias of a profile, or a path to a .toml file.")],
     plot: Annotated[
@@ -64,7 +63,7 @@ def show(
     Console(json=json).result(_page(profile), _machine(profile))
 
 
-@app.command(cls=Command)
+@app.command(cls=options.Command)
 def predict(
     model: Annotated[
         str,
@@ -154,7 +153,7 @@ def predict(
     Console(json=json).result(human, machine)
 
 
-@app.command(cls=Command)
+@app.command(cls=options.Command)
 def measure(
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write, a .toml file.")],

@@ -27,7 +27,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Bench:
     folder: Path
     subject: Subject
     model: Any
+    onnx: bool
 
     @property
     def checkpoint(self) -> Path:
@@ -203,7 +205,7 @@ def prune(bench: Bench) -> Record:
     command = ("prune", bench.checkpoint, *opened(bench), *how, *QUIET, "-o", folder)
     refusal = ""
     try:
-        said = well(*command)
+        said = well(*command, *(() if bench.onnx else ("--no-onnx",)))
     except FailedError as failed:
         refusal = str(failed)
         said = well(*command, "--no-onnx")
@@ -278,7 +280,7 @@ NEEDS = {"load": "sub", "train": "sub", "reconstruct": "sub"}
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def work(named: tuple[str, str], folder: Path) -> None:
+def work(named: tuple[str, str], folder: Path, onnx: bool) -> None:
     """All stages of one network, in a process of its own; each leaves a line in `folder`/stages.jsonl."""
     import torch
 
@@ -308,7 +310,7 @@ def work(named: tuple[str, str], folder: Path) -> None:
         def setup() -> Record:
             subject, model = subject_of(library, name, folder)
             randomise(model, 0)
-            made.append(Bench(folder, subject, model.eval()))
+            made.append(Bench(folder, subject, model.eval(), onnx))
             made[0].write()
             numbers = sum(p.numel() for p in model.parameters())
             return {"spec": subject.spec, "args": subject.args, "shape": subject.shape, "parameters": numbers}
@@ -318,7 +320,7 @@ def work(named: tuple[str, str], folder: Path) -> None:
                 if stage not in NEEDS or (folder / NEEDS[stage] / "report.json").exists():
                     timed(stage, lambda run=run: run(made[0]))  # type: ignore[misc]
                 if stage == "coupling":
-                    made[0] = Bench(folder, made[0].subject, None)  # commands have their own
+                    made[0] = replace(made[0], model=None)  # commands have their own
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         log.write(json.dumps({"stage": "end", "peak_mb": peak // 1024}) + "\n")
 
@@ -449,6 +451,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="only networks whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few small networks of each")
     parser.add_argument("--again", action="store_true", help="also those that the results have for this commit")
+    parser.add_argument("--no-onnx", dest="onnx", action="store_false", help="a fifth of the time, and no such column")
     parser.add_argument("--shard", default="1/1", help="every n-th network: 2/3 is the second third")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--limit", type=float, default=900, help="seconds a network")
@@ -470,7 +473,7 @@ def main() -> None:
     print(f"{len(jobs)} networks on {tried}", file=sys.stderr)
     preload(sorted({library for library, _ in jobs}))
     limits = Limits(options.limit, options.memory, options.jobs, options.folder)
-    for (library, name), folder, ending in each(jobs, work, limits):
+    for (library, name), folder, ending in each(jobs, partial(work, onnx=options.onnx), limits):
         record = {**gathered(library, name, folder, ending), "commit": tried}
         with options.output.open("a") as file:
             file.write(json.dumps(record) + "\n")

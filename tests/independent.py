@@ -144,6 +144,8 @@ def leaves(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from leaves(value)
+    elif hasattr(output, "logits"):
+        yield output.logits
 
 
 def faults_of_onnx(

@@ -820,6 +820,20 @@ class NamedTupleOutput(Outputs):
         return Named(*self.both(x))
 
 
+class Answer:
+    """An output that is an object of one's own, with what the body computed beside the logits."""
+
+    def __init__(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.logits, self.hidden = logits, hidden
+
+
+@odd(VECTOR)
+class ObjectOutput(Outputs):
+    def forward(self, x: torch.Tensor) -> Answer:
+        x = torch.relu(self.enter(x))
+        return Answer(self.head(x), x)
+
+
 @odd(VECTOR)
 class OutputsByMode(Outputs):
     """Both heads in training, one when evaluated."""

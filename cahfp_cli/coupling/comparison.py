@@ -6,10 +6,9 @@ not, or the other way round, passes every check of shapes and gives other result
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from cahfp_cli.coupling.conditions import conditions
 from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.errors import InputError, VerificationError, first_line
+from cahfp_cli.models.outputs import all_tensors_of
 
 SAMPLES = 2
 """Looked at at once: the fewest that can influence one another."""
@@ -120,24 +120,8 @@ def run(model: nn.Module, dtype: torch.dtype, *batches: torch.Tensor, seed: int 
                     f"the network does not run on {len(batch)} samples of shape "
                     f"{'x'.join(map(str, batch.shape[1:]))}: {first_line(error)}\nCheck --input-shape and --model-arg."
                 ) from error
-            found.append([t.detach().clone() for t in tensors_within(returned) if t.is_floating_point()])
+            found.append([t.detach().clone() for t in all_tensors_of(returned) if t.is_floating_point()])
     return found
-
-
-def tensors_within(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of an output, however it is nested."""
-    match value:
-        case torch.Tensor():
-            yield value
-        case Mapping():
-            for part in value.values():
-                yield from tensors_within(part)
-        case tuple() | list():
-            for part in value:
-                yield from tensors_within(part)
-        case _ if hasattr(value, "__dict__"):
-            for part in vars(value).values():
-                yield from tensors_within(part)
 
 
 def distance(a: Outputs, b: Outputs) -> float:

@@ -22,6 +22,7 @@ from cahfp_cli.coupling.registry import RULES, Axes, Call, Couplings, ParameterV
 from cahfp_cli.coupling.rewriting import CallRecorder
 from cahfp_cli.coupling.rules.pointwise import is_pointwise, pointwise
 from cahfp_cli.errors import first_line
+from cahfp_cli.models.outputs import all_tensors_of
 
 READING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"})
 MASKING = frozenset({"index", "index_put", "index_put_", "_unsafe_index"})
@@ -260,7 +261,7 @@ def run(subject: Subject, mode: Mode, *, couplings: Couplings, labels: Mapping[s
     given = (tracer.number(sample),)
     draws = Draws(mode.draws) if mode.draws else None
     output = forward(subject, model, mode, sample, stack, recorder, tracer, draws=draws)
-    results = [tracer.number(t) for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+    results = [tracer.number(t) for t in all_tensors_of(output)]
     for result in results:
         for axis in tracer.values[result].axes:
             couplings.atoms.pin(axis, "output of the model")

@@ -114,6 +114,7 @@ def automodel(config: Any) -> Any:
     heads = [
         (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoModelForImageClassification),
         (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
+        (transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, transformers.AutoModelForAudioClassification),
         (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
     ]
     fitting = [(mapping[type(config)], head) for mapping, head in heads if type(config) in mapping]

@@ -1,4 +1,4 @@
-"""The tensor of logits in whatever a network returns."""
+"""The tensor of logits, and all tensors, in whatever a network returns."""
 
 from collections.abc import Mapping
 
@@ -26,6 +26,16 @@ def logits_of(output: object) -> torch.Tensor:
     if isinstance(output, tuple | list) and output:
         return logits_of(output[0])
     raise InputError(f"the model returned a {type(output).__name__}: it must return a tensor of logits.")
+
+
+def all_tensors_of(output: object) -> list[torch.Tensor]:
+    """The tensors in a network's output, in its order: those within tuples, lists, dictionaries and what else torch's
+    pytrees know; of other objects, such as a transformer's cache, only what `logits_of` would take."""
+    found = []
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        fields = [leaf, *(field(leaf, name) for name in ("logits", "last_hidden_state"))]
+        found += [value for value in fields if isinstance(value, torch.Tensor)]
+    return found
 
 
 def field(output: object, name: str) -> object:

@@ -13,9 +13,6 @@ from cahfp_cli.errors import BudgetError, InputError, UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from cahfp_cli.commands.networks import Network
     from cahfp_cli.coupling.analysis import Analysis
     from cahfp_cli.data.dataset import Dataset
@@ -50,11 +47,16 @@ class Target:
 def prune(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Our checkpoint, or someone else's.")],
     *,
-    scores: Annotated[Path, typer.Option("--scores", help="What `cahfp score` wrote for this checkpoint.")],
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="Folder: a submodel folder NAME a profile in it; itself one without."),
     ],
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores", help="What `cahfp score` wrote for this checkpoint; not needed to select by --calibration."
+        ),
+    ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option("--profile", help="Device: a name (`cahfp profile list`) or a .toml; may be repeated."),
@@ -136,11 +138,13 @@ def prune(
     targets = make_targets(profiles, budget, output)
     if verify and not (onnx and len(targets) == 1 and targets[0].budget.latency is not None):
         raise UsageError("--verify needs one --profile, that of this machine, a latency to hold, and the ONNX file.")
-    chosen = check_selection(selection, reference, calibration, recalibrate)
+    chosen = check_selection(selection, reference, calibration, recalibrate, scores)
     dtypes = check_dtypes(dtype or [], profiles, onnx, calibration, data)
     check_targets(targets, output, force)
     check_global(checkpoint, "prune the global checkpoint")
-    scored = read_scores(scores)
+    scored = read_scores(scores) if scores is not None else None
+    for warning in without_influence(chosen, calibration, scored):
+        console.warn(warning)
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata
     from cahfp_cli.coupling.analysis import cut
@@ -151,7 +155,7 @@ def prune(
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
     from cahfp_cli.pruning.target import protected
-    from cahfp_cli.significance.measure import subset
+    from cahfp_cli.significance.measure import hold_out, subset
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
     from cahfp_cli.training.evaluation import evaluate
     from cahfp_cli.training.recalibration import recalibrate as recalibrate_norms
@@ -160,23 +164,27 @@ def prune(
     where = pick_device(device)
     dataset = load_data(data, data_root=data_root, default_split="test") if data is not None else None
     found = load_data(calibration, data_root=data_root) if calibration is not None else None
-    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, scored.metadata.input_dtype)
+    of_input = scored.metadata.input_dtype if scored is not None else found.input_dtype if found is not None else None
+    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, of_input)
     for given_data in (dataset, found):
         if given_data is not None:
             check_data(given_data, network)
     looked_at = found if found is not None else dataset
     analysis = analysed(network, console, looked_at)
-    if not belong_together(scored, network, analysis):
+    if scored is not None and not belong_together(scored, network, analysis):
         raise InputError(
             f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
             f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
         )
-    if chosen == "quadratic" and calibration is None and scored.interactions is None:
+    if chosen == "quadratic" and calibration is None and scored is not None and scored.interactions is None:
         raise InputError(
             f"{scores}: it has no interactions, so sets cannot be told apart.\nScore again with gate-ggn and without "
             "--no-interactions, or pass --calibration SPEC."
         )
-    samples_of = subset(found, samples, seed) if found is not None else None
+    samples_of, judging = None, None
+    if found is not None:
+        by_set = chosen != "independent"
+        samples_of, judging = hold_out(found, samples, seed) if by_set else (subset(found, samples, seed), None)
     how = SetOptions(
         rounds=rounds,
         compensate=compensate,
@@ -199,6 +207,7 @@ def prune(
                 analysis=free,
                 selection=chosen,
                 calibration=samples_of,
+                held_out=judging,
                 how=how,
                 on_progress=steps_of(progress, number, len(targets)),
             )
@@ -207,6 +216,8 @@ def prune(
                 selections.append(verified[-1].selection)
             else:
                 selections.append(select(target))
+    for warning in dict.fromkeys(warning for picked in selections for warning in picked.warnings):
+        console.warn(warning)
 
     before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
     network.model.cpu()
@@ -231,7 +242,7 @@ def prune(
             if recalibrate and samples_of is not None and recalibrate_norms(submodel, samples_of.x, 2 * batch_size):
                 compact = trained_arrays(submodel, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
-            report = describe(target, picked, settings, scored.significance, analysis, before, after, shown_data)
+            report = describe(target, picked, settings, scored, analysis, before, after, shown_data)
             for one in verified:
                 report["measured"] = {"latency_seconds": one.seconds, "tries": one.tries}
             if not dry_run:
@@ -240,7 +251,7 @@ def prune(
                     **settings,
                     **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None}),
                 }
-                origin = provenance("prune", asked, (*network.files, scores))
+                origin = provenance("prune", asked, (*network.files, *((scores,) if scores is not None else ())))
                 metadata = SubmodelMetadata(
                     model=recorded(network.spec),
                     input_shape=network.input_shape,
@@ -338,8 +349,42 @@ def belong_together(scores: "Scores", network: "Network", analysis: "Analysis") 
     return scores.metadata.checkpoint == network.digest and np.array_equal(scores.family, analysis.groups.family)
 
 
-def check_selection(selection: str, reference: str, calibration: str | None, recalibrate: bool) -> "SelectionName":
-    """The way to select that `--selection` means. Raises: UsageError: there is no such way, or it lacks samples."""
+def check_selection(
+    selection: str, reference: str, calibration: str | None, recalibrate: bool, scores: Path | None
+) -> "SelectionName":
+    """The way to select that `--selection` means.
+
+    Raises: UsageError: there is no such way, or it lacks the samples or the scores that it goes by.
+    """
+    chosen = selection_named(selection, reference, calibration, recalibrate)
+    if scores is None and (calibration is None or chosen == "independent"):
+        raise UsageError(
+            "say what the channels are worth: --scores FILE, which `cahfp score` writes, or to select by samples "
+            "--calibration SPEC" + (" without --selection independent." if calibration is not None else ".")
+        )
+    return chosen
+
+
+def without_influence(chosen: "SelectionName", calibration: str | None, scored: "Scores | None") -> list[str]:
+    """What was asked for and does not count, for people."""
+    found = []
+    if scored is not None and chosen != "independent":
+        name = scored.metadata.criterion
+        if calibration is not None:
+            found.append(
+                f"--scores ({name}) have no influence: --selection {chosen} measures on --calibration itself; choose "
+                "--selection independent to keep what the scores rank highest"
+            )
+        elif name != "gate-ggn":
+            found.append(
+                f"the criterion of --scores ({name}) has no influence: --selection {chosen} goes by the file's "
+                "interactions; choose --selection independent to keep what the criterion ranks highest"
+            )
+    return found
+
+
+def selection_named(selection: str, reference: str, calibration: str | None, recalibrate: bool) -> "SelectionName":
+    """As `check_selection`, whatever the scores."""
     if reference not in ("network", "labels"):
         raise UsageError(f"--reference {reference}: choose network or labels.")
     for name, needs in {"--recalibrate": recalibrate, "--reference labels": reference == "labels"}.items():
@@ -419,11 +464,12 @@ def steps_of(progress: Callable[[int, int], None], number: int, of: int) -> Call
 
 def choose(
     target: Target,
-    scored: "Scores",
+    scored: "Scores | None",
     network: "Network",
     analysis: "Analysis",
     selection: "SelectionName",
     calibration: "Dataset | None",
+    held_out: "Dataset | None",
     how: "SetOptions",
     on_progress: Callable[[int, int], None],
 ) -> "Selection":
@@ -437,10 +483,11 @@ def choose(
     cost = compile_workload(make_workload(analysis, itemsizes), target.profile)
     groups = analysis.groups
     try:
+        if selection != "independent" and calibration is not None:
+            return select_set(network.model, analysis, cost, target.budget, calibration, how, on_progress, held_out)
+        assert scored is not None  # checked before
         if selection == "independent":
             return select(scored.significance, groups.family, cost, target.budget, groups.narrowest)
-        if calibration is not None:
-            return select_set(network.model, analysis, cost, target.budget, calibration, how, on_progress)
         assert scored.interactions is not None  # checked before
         return select_from_interactions(scored.interactions, groups, cost, target.budget)
     except BudgetError as error:
@@ -468,7 +515,7 @@ def describe(
     target: Target,
     selection: "Selection",
     settings: Json,
-    significance: "NDArray[np.float64]",
+    scored: "Scores | None",
     analysis: "Analysis",
     before: "Metrics | None",
     after: "Metrics | None",
@@ -491,8 +538,9 @@ def describe(
         ],
         "predicted": costs(selection.cost),
         "full": costs(selection.full),
-        "significance_removed": float(significance[~selection.kept].sum()),
     }
+    if scored is not None:
+        report["significance_removed"] = float(scored.significance[~selection.kept].sum())
     if selection.prediction is not None:
         report["divergence"] = asdict(selection.prediction)
     if selection.gates is not None:

@@ -76,12 +76,17 @@ def score(
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.significance.measure import Measuring, measure, split
-    from cahfp_cli.significance.registry import find_criterion
+    from cahfp_cli.significance.registry import SHRINK, find_criterion
     from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, write_scores
     from cahfp_cli.significance.trust import trust
     from cahfp_cli.training.device import pick_device, repeatable, use_threads
 
     chosen = find_criterion(criterion)
+    looks = {"--top": top is not None, "--draws": draws is not None}
+    idle = [flag for flag, given_it in looks.items() if given_it and chosen.needs != "gates"]
+    idle += ["--shrink"] if shrink != SHRINK and criterion != "gate-loss" else []
+    if idle:
+        console.warn(f"{' and '.join(idle)} without influence: {criterion} does not look at that")
     use_threads(threads)
     where = pick_device(device)
     dataset = load_data(data, data_root=data_root) if chosen.needs != "weights" else None
@@ -106,7 +111,7 @@ def score(
                 network.model, analysis, found.significance, found.gates, others.x if others else None, batch_size
             )
     for warning in judged.warnings() if judged else ():
-        console.warn(f"{warning}; more --samples may help")
+        console.warn(warning)
     recorded: Json = {"criterion": criterion, "seed": seed}
     if calibration is not None:
         recorded |= given({"data": portable(data), "samples": samples, "batch_size": batch_size})
@@ -127,7 +132,7 @@ def score(
         metadata,
         found.significance,
         analysis.groups.family,
-        analysis.groups.sizes(),
+        analysis.groups.sizes(name for name, _ in network.model.named_parameters()),
         gradient=found.gates.gradient if found.gates else None,
         gradient_error=found.gates.gradient_error if found.gates else None,
         curvature=found.gates.curvature if found.gates else None,
@@ -157,6 +162,8 @@ def score(
 def shown(judged: "Trust") -> str:
     """How far the scores can be trusted, for people."""
     head = f"\nreliability {judged.reliability:.3f}, {judged.effective_samples:.0f} effective samples"
+    if judged.accuracy is not None and judged.chance is not None:
+        head += f", accuracy {judged.accuracy:.1%} (always the same class: {judged.chance:.1%})"
     if not judged.sets:
         return f"{head}; not put to the test, which takes held-out samples and interactions"
     rows = [

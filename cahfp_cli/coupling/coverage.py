@@ -39,7 +39,8 @@ class Coverage:
 def coverage(model: nn.Module, analysis: Analysis) -> Coverage:
     """The report on a model that was analysed."""
     groups = analysis.groups
-    sizes = groups.sizes()
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # tied ones once
+    sizes = groups.sizes(tensors)
     full = groups.widths(np.ones(groups.count, dtype=bool))
     coupled: list[list[str]] = [[] for _ in groups.names]
     for name, axes in {**groups.labels, **groups.unsaved}.items():

@@ -1,7 +1,7 @@
 """Channel groups: what the solved atoms say about each axis of each tensor."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,10 +98,14 @@ class ChannelGroups:
             consumers=tuple(replace(consumer, groups=surviving(consumer.groups)) for consumer in self.consumers),
         )
 
-    def sizes(self) -> Labels:
-        """Elements that belong to each group, int64 (groups,); one that two groups share counts for both."""
+    def sizes(self, tensors: Iterable[str] | None = None) -> Labels:
+        """Elements of some tensors that belong to each group, int64 (groups,); one that two groups share counts for
+        both.
+
+        Args: tensors: their names, without it all; of tied ones one name is enough, each counts.
+        """
         sizes = np.zeros(self.count + 1, dtype=np.int64)
-        for axes in self.labels.values():
+        for axes in self.labels.values() if tensors is None else (self.labels.get(name, ()) for name in tensors):
             elements = math.prod(len(labels) for labels in axes)
             for labels in axes:
                 np.add.at(sizes, labels, elements // max(len(labels), 1))

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
-from cahfp_cli.errors import InputError
+from cahfp_cli.errors import CahfpError, InputError, first_line
+from cahfp_cli.models.rows import check_rows
 
 
 def logits_of(output: object) -> torch.Tensor:
@@ -21,11 +23,15 @@ def logits_of(output: object) -> torch.Tensor:
     if isinstance(logits, torch.Tensor):
         return logits
     hidden = field(output, "last_hidden_state")
-    if isinstance(hidden, torch.Tensor):
+    if isinstance(hidden, torch.Tensor) and hidden.ndim >= 3:
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.flatten(2).mean(dim=2)
-    if isinstance(output, tuple | list) and output:
+    if isinstance(output, tuple | list) and output and output[0] is not output:
         return logits_of(output[0])
-    raise InputError(f"the model returned a {type(output).__name__}: it must return a tensor of logits.")
+    named = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise InputError(
+        f"the model returned a {type(output).__name__}{named}: it must return a tensor of logits, alone, first in a "
+        "tuple, or as `logits`."
+    )
 
 
 def all_tensors_of(output: object) -> list[torch.Tensor]:
@@ -41,3 +47,31 @@ def all_tensors_of(output: object) -> list[torch.Tensor]:
 def field(output: object, name: str) -> object:
     """An entry of an output that is a mapping or has attributes, else None."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def class_rows(output: object, samples: int, classes: int = 2) -> torch.Tensor:
+    """Logits (samples, outputs) of a network's output, float32 or wider, with outputs >= `classes`.
+
+    Raises: InputError: there are none, or not one row of two or more real numbers a sample.
+    """
+    logits = logits_of(output)
+    check_rows(tuple(logits.shape), samples, classes, "the model returned")
+    if not logits.is_floating_point():
+        raise InputError(f"the model returned {logits.dtype} (classes already chosen?): it must return logits.")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def run_network(model: nn.Module, batch: torch.Tensor) -> object:
+    """What a network returns for a batch. Raises: InputError: its code fails on it."""
+    try:
+        return model(batch)
+    except (CahfpError, MemoryError):
+        raise
+    except Exception as error:  # whatever the user's own forward raises
+        if isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(str(error)) from error
+        shape = "x".join(map(str, batch.shape[1:]))
+        raise InputError(
+            f"the model fails on a batch of {len(batch)} samples of {shape}: {first_line(error)}\n"
+            "Check that the data is what the model was made for, and that the batch is not too small."
+        ) from error

@@ -65,6 +65,12 @@ class Linearised:
         mean = (self.jacobian * q).reshape(-1, samples, classes).sum(2)
         return (self.jacobian.square() @ q - mean.square().sum(1)) / samples
 
+    def contributions(self) -> torch.Tensor:
+        """What each sample adds to the sum of the curvature of all groups, (n,)."""
+        q = self.probabilities
+        jacobian = self.jacobian.reshape(-1, *q.shape)
+        return ((jacobian.square() * q).sum(2) - (jacobian * q).sum(2).square()).sum(0)
+
     def estimate(self) -> torch.Tensor:
         """As `Removal.estimate`; the curvature is that of the network before any removal."""
         gradient = self.jacobian @ (self.reference - self.probabilities).flatten() / len(self.reference)

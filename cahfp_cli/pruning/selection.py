@@ -22,12 +22,16 @@ class Prediction:
     """Divergence of the submodel's predictions from the reference, mean over calibration samples, nats.
 
     predicted, measured: after the last groups were removed, before the survivors' gates took over, on the samples that
-    the prediction was made from. final: of the submodel as it is, on all calibration samples. None: not measured.
+    the prediction was made from. fitted: of the submodel as it is, on all calibration samples, which it was fitted to.
+    final: the same on samples held out, which selection did not see; where there are none, on the calibration samples.
+    held_out: how many there are. None: not measured.
     """
 
     predicted: float
     measured: float | None = None
     final: float | None = None
+    fitted: float | None = None
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Selection:
     """kept: boolean (groups,). cost and full: of the submodel and of the whole network. limits: what had to hold.
     binding: the limit that is closest to being reached, None without one. gates: float64 (groups,), to be folded into
     the weights (see pruning/compensation.py), None without compensation. prediction: None where the loss was not
-    looked at."""
+    looked at. warnings: what is poor about the samples that it was made on, and what to do."""
 
     kept: Mask
     cost: Cost
@@ -44,6 +48,7 @@ class Selection:
     binding: str | None
     gates: NDArray[np.float64] | None = None
     prediction: Prediction | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def select(

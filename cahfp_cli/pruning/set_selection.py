@@ -26,7 +26,9 @@ from cahfp_cli.pruning.linearised import Linearised, Quadratic
 from cahfp_cli.pruning.selection import Prediction, Selection, finished
 from cahfp_cli.pruning.target import Target, Widths, target_of
 from cahfp_cli.significance.divergence import divergence
-from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
+from cahfp_cli.significance.gates import check_labels, classes_looked_at, gate_jacobian, predict
+from cahfp_cli.significance.reach import find_reach
+from cahfp_cli.significance.trust import effective_samples, is_saturated
 
 Model = Literal["linear", "quadratic"]
 """How removal is predicted within a round: the softmax of linearised logits, or the quadratic form."""
@@ -59,6 +61,9 @@ class SetOptions:
 FRONT_LOADING = 0.6
 """The share of the budget that is reached after a share `s` of the rounds is s to this power: the first groups to go
 cost little, the last ones need the finer steps."""
+LARGEST_GAP, LEAST_GAP = 3.0, 0.01
+"""A divergence on samples held out that is so many times that on the samples fitted, and above it by so many nats, is
+worth a warning."""
 FORWARD_BATCHES = 4
 """Batches of forward passes alone are so many times larger: they keep no activations."""
 
@@ -71,6 +76,7 @@ def select_set(
     calibration: Dataset,
     options: SetOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    held_out: Dataset | None = None,
 ) -> Selection:
     """Choose the groups to keep, and the gates that compensate for the others.
 
@@ -78,6 +84,7 @@ def select_set(
         model: in evaluation mode on the device to compute on; left as it is.
         analysis: of it. cost: what candidate widths cost. budget: all its limits hold in the result.
         calibration: samples that are like those the network will see; labels count only for that reference.
+        held_out: others like them, on which the result is judged and nothing is chosen.
     Returns: a selection with gates, 1 where nothing changed, and with what was predicted and measured.
     Raises:
         BudgetError: the narrowest network is already too much.
@@ -88,8 +95,11 @@ def select_set(
     network = PrunedNetwork(model, analysis, calibration, options)
     rounds = options.rounds + (options.polish if options.compensate else 0)
     predicted = measured = 0.0
+    warnings: list[str] = []
     for done in range(1, rounds + 1):
         linearised = network.linearised()
+        if done == 1:
+            warnings += saturation(linearised)
         if done <= options.rounds:
             share = (done / options.rounds) ** FRONT_LOADING
             predicted, measured = network.remove(linearised, cost, towards(target, cost, share))
@@ -97,8 +107,30 @@ def select_set(
             network.compensate(linearised)
         on_progress(done, rounds)
     selection = finished(network.kept, cost, network.widths(), target)
-    prediction = Prediction(predicted, measured, network.divergence())
-    return replace(selection, gates=network.gates if options.compensate else None, prediction=prediction)
+    fitted = network.divergence()
+    final = fitted if held_out is None else network.divergence_on(held_out)
+    if final > fitted + LEAST_GAP and final > LARGEST_GAP * fitted:
+        warnings.append(
+            f"the submodel fits its {len(calibration)} calibration samples better than others (divergence "
+            f"{fitted:.3f} and {final:.3f} nats): more --samples may help"
+        )
+    prediction = Prediction(predicted, measured, final, fitted, 0 if held_out is None else len(held_out))
+    gates = network.gates if options.compensate else None
+    return replace(selection, gates=gates, prediction=prediction, warnings=tuple(warnings))
+
+
+def saturation(linearised: Linearised) -> list[str]:
+    """A warning if the full network is so certain of its samples that few of them decide."""
+    certainty = float(linearised.probabilities.amax(1).mean())
+    contributions = linearised.contributions().cpu().double().clamp_min(0).numpy()
+    effective = effective_samples(contributions)
+    if not is_saturated(certainty, effective, len(contributions)):
+        return []
+    return [
+        f"the network is certain of the calibration samples (mean probability {certainty:.1%}), so that few of them "
+        f"decide (as much as {effective:.0f} alike of {len(contributions)}): calibrate on samples that it was not "
+        "trained on"
+    ]
 
 
 def select_from_interactions(
@@ -141,13 +173,11 @@ class PrunedNetwork:
     def __init__(self, model: nn.Module, analysis: Analysis, calibration: Dataset, options: SetOptions) -> None:
         """Nothing removed yet."""
         self._full, self._analysis, self._options = model.eval(), analysis, options
-        device = next(model.parameters()).device
-        self._samples = torch.from_numpy(calibration.x).to(device)
+        self._samples, labels = self._on_device(calibration)
         logits = predict(model, self._samples, options.batch_size)
-        if not torch.isfinite(logits).all():  # no round may look at the sample that makes it so
-            raise InputError(f"{calibration.name}: the network gives NaN or Inf on it: check the data and the weights")
-        labels = torch.from_numpy(calibration.y).to(device) if options.reference == "labels" else None
+        check_finite(logits, calibration)  # no round may look at the sample that makes it so
         self._classes, self._reference = compared(logits, labels)
+        self._reach = find_reach(model, analysis.groups, self._samples, options.batch_size)
         self._movable = foldable(model, analysis)
         self._round = 0
         self._ahead: torch.Tensor | None = logits.gather(1, self._classes)[self._rows(1)]  # of the next round's samples
@@ -164,6 +194,15 @@ class PrunedNetwork:
         """Measured divergence from the reference on all calibration samples, nats."""
         return divergence(self._reference, self._logits(torch.arange(len(self._samples))))
 
+    def divergence_on(self, held_out: Dataset) -> float:
+        """The same on samples that nothing was chosen on."""
+        samples, labels = self._on_device(held_out)
+        logits = predict(self._full, samples, self._options.batch_size)
+        check_finite(logits, held_out)
+        classes, reference = compared(logits, labels)
+        found = predict(self._compact, samples, FORWARD_BATCHES * self._options.batch_size)
+        return divergence(reference, found.gather(1, classes))
+
     def linearised(self) -> Linearised:
         """The network in its gates as it is now, on the next round's samples."""
         self._round += 1
@@ -178,6 +217,7 @@ class PrunedNetwork:
             relevance=self._reference[rows],
             threshold=self._options.relevance,
             batch_size=self._options.batch_size,
+            reach=self._reach,
         )
         return Linearised(found, self._reference[rows])
 
@@ -212,6 +252,12 @@ class PrunedNetwork:
         self.gates[numbers], self._ahead = compensated(self.gates[numbers], change, self._reference[rows], logits_at)
         self._weights.set(self.gates[numbers])
 
+    def _on_device(self, data: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Samples (n, ...), and their labels (n,) where those are the reference."""
+        device = next(self._full.parameters()).device
+        labels = torch.from_numpy(data.y).to(device) if self._options.reference == "labels" else None
+        return torch.from_numpy(data.x).to(device), labels
+
     def _rows(self, number: int) -> torch.Tensor:
         """The samples of a round: one stretch after the other, around and around."""
         count = min(self._options.at_once, len(self._samples))
@@ -232,6 +278,12 @@ class PrunedNetwork:
         return compact, groups.restricted(self.kept)
 
 
+def check_finite(logits: torch.Tensor, data: Dataset) -> None:
+    """Raises: InputError: a logit on these samples is not a finite number."""
+    if not torch.isfinite(logits).all():
+        raise InputError(f"{data.name}: the network gives NaN or Inf on it: check the data and the weights")
+
+
 def compared(logits: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The classes to look at, int64 (n, m), and the reference among them, (n, m), each row of which sums to 1.
 
@@ -240,6 +292,7 @@ def compared(logits: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.T
     classes = classes_looked_at(logits, None)
     if labels is None:
         return classes, logits.gather(1, classes).softmax(1)
+    check_labels(labels, logits)
     missing = ~(classes == labels[:, None]).any(1)
     classes = classes.clone()
     classes[missing, -1] = labels[missing]  # in place of the least likely one

@@ -1,7 +1,8 @@
 """Selection for a device that is at hand: measure what was selected, and aim anew until the measured latency fits.
 
-The next aim is in proportion to the last measurement while that lies between the largest aim that fitted and the
+The next aim is in proportion to the last measurement while that lies well between the largest aim that fitted and the
 smallest that did not, and otherwise half way between the two: latency jumps with the widths, and a measurement may err.
+Close to one of the two it would only come back to it, from the other side of a jump again and again.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ CLOSE = 0.92
 """A measured latency of so much of the limit is close enough to it."""
 MARGIN = 0.98
 """Of what is left of the limit: the next measurement may come out a little higher."""
+INSIDE = 0.25
+"""Of what lies between two aims, the next one must be so far from both."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ def select_verified(
         else:
             missed = min(missed, aim)
         aim *= MARGIN * limit / seconds
-        if not fitted < aim < missed:
-            aim = (fitted + missed) / 2
+        if fitted > 0 and missed < float("inf"):
+            apart = INSIDE * (missed - fitted)
+            aim = aim if fitted + apart < aim < missed - apart else (fitted + missed) / 2
     if best is None:
         raise BudgetError(
             f"no submodel was measured within {format_seconds(limit)}; the fastest took {format_seconds(fastest)}.\n"

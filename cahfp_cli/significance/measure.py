@@ -51,6 +51,13 @@ def split(dataset: Dataset, samples: int, others: int, seed: int) -> tuple[Datas
     return take(dataset, chosen), take(dataset, further) if len(further) else None
 
 
+def hold_out(dataset: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Up to `samples` to fit, and a quarter as many others to judge by; where the set is too small for both, a fifth of
+    it is held out. None where it has fewer than five."""
+    fitted = min(samples, len(dataset) - len(dataset) // 5)
+    return split(dataset, fitted, min(-(-samples // 4), len(dataset) - fitted), seed)
+
+
 def take(dataset: Dataset, rows: NDArray[np.int64]) -> Dataset:
     """Some samples of a set."""
     return Dataset(dataset.x[rows], dataset.y[rows], dataset.classes, dataset.name)

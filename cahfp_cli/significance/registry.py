@@ -1,7 +1,7 @@
 """The registry of criteria: what was measured becomes one number a channel group, larger is worth more."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +12,19 @@ from torch import nn
 
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.data.dataset import Dataset
-from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.models.outputs import logits_of
-from cahfp_cli.significance.gates import batches_of
+from cahfp_cli.errors import CahfpError, InputError, UsageError
+from cahfp_cli.models.checkpoint_io import some
+from cahfp_cli.models.outputs import class_rows, run_network
+from cahfp_cli.significance.consumers import LiftedStops
+from cahfp_cli.significance.gates import batches_of, check_labels
+from cahfp_cli.significance.reach import PROBES, unreached_weights
 from cahfp_cli.significance.statistics import Floats, GateStatistics
 
 Needs = Literal["weights", "samples", "gates"]
 """What a criterion looks at: the weights alone, the network on calibration samples, or gate statistics of those."""
 
 SHRINK = 1.0
+OTHERWISE = "choose a criterion that measures without them (gate-ggn, gate-loss) or none at all (l2)."
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,10 @@ def calibration_of(evidence: Evidence) -> Dataset:
 def group_sums(evidence: Evidence, of: Callable[[NDArray[Any]], NDArray[Any]]) -> Floats:
     """Sum of `of(weight)` over each group's weights (matrices and kernels, not vectors), float64 (groups,).
 
-    An element that belongs to two groups, by its input and by its output, counts for both.
+    An element that belongs to two groups, by its input and by its output, counts for both; one of tied weights counts
+    once, and buffers are no weights.
     """
-    matrices = (name for name, axes in evidence.groups.labels.items() if len(axes) > 1)
+    matrices = (name for name, parameter in parameters_in_groups(evidence).items() if parameter.dim() > 1)
     return sums_by_group(
         evidence.groups, ((name, of(np.asarray(evidence.weights[name], dtype=np.float64))) for name in matrices)
     )
@@ -152,16 +157,41 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def calibration_losses(evidence: Evidence, batch_size: int) -> Iterator[torch.Tensor]:
     """Cross-entropies of the calibration samples in order, in nats, a batch (b,) at a time with its graph.
 
-    Raises: InputError: one is not finite (the sample's number is named).
+    Raises: InputError: one is not finite (the sample's number is named), or gradients do not reach some weights.
     """
     calibration = calibration_of(evidence)
     device = next(evidence.model.parameters()).device
+    lifted = check_reached(evidence, torch.from_numpy(calibration.x[:PROBES]).to(device))
     for first, samples in batches_of(calibration.x, batch_size, device):
         labels = torch.from_numpy(calibration.y[first : first + batch_size]).to(device)
-        losses = nn.functional.cross_entropy(logits_of(evidence.model(samples)), labels, reduction="none")
+        with LiftedStops() if lifted else nullcontext():
+            logits = class_rows(evidence.model(samples), len(samples))
+        check_labels(labels, logits)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         bad = torch.nonzero(~torch.isfinite(losses))
         if len(bad):
             raise InputError(
                 f"calibration sample {first + int(bad[0])} gives a non-finite loss: check it and the weights"
             )
         yield losses
+
+
+def check_reached(evidence: Evidence, samples: torch.Tensor) -> bool:
+    """Whether the places where the network stops gradients can be lifted.
+
+    Raises: InputError: the network does not run, or gradients do not reach weights that the logits depend on.
+    """
+    with torch.no_grad():  # whatever fails here is the network's
+        class_rows(run_network(evidence.model, samples), len(samples))
+    weights = parameters_in_groups(evidence)
+    for lifted in (True, False):
+        try:
+            silent = unreached_weights(evidence.model, weights, samples, lifted)
+        except CahfpError:
+            raise
+        except Exception:  # what the network does to tensors that have gradients, or an operator without a derivative
+            continue
+        if silent:
+            raise InputError(f"gradients do not reach {some(silent)}: {OTHERWISE}")
+        return lifted
+    raise InputError(f"gradients do not go through this network: {OTHERWISE}")

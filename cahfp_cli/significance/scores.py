@@ -31,6 +31,10 @@ class TrustRecord(Record):
     reliability: Finite
     effective_samples: Finite
     sets: tuple[RemovedSetRecord, ...] = ()
+    samples: Annotated[int, Field(ge=0)] = 0
+    accuracy: Finite | None = None
+    chance: Finite | None = None
+    certainty: Finite | None = None
 
 
 OPTIONAL, INTERACTIONS = ("gradient", "gradient_error", "curvature"), "interactions"
@@ -57,7 +61,7 @@ class Scores:
 
     significance: float64 (groups,), larger is worth more.
     family: int64 (groups,), indices into `metadata.families`.
-    sizes: int64 (groups,), elements of the checkpoint that belong to the group.
+    sizes: int64 (groups,), elements of parameters that belong to the group, tied ones once.
     gradient, gradient_error, curvature: float64 (groups,), of the loss in the gates, the second the standard error of
         the first; None for a criterion that measures no gates.
     interactions: float32 (rows, groups), whose products of columns are the Gauss-Newton matrix of the gates; None

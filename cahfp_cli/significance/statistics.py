@@ -11,7 +11,9 @@ from torch import nn
 
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.errors import InputError
-from cahfp_cli.significance.gates import GatedPass, batches_of, classes_looked_at, jacobian_of
+from cahfp_cli.significance.consumers import Reach
+from cahfp_cli.significance.gates import GatedPass, batches_of, check_labels, classes_looked_at, jacobian_of
+from cahfp_cli.significance.reach import find_reach
 
 Floats = NDArray[np.float64]
 
@@ -31,6 +33,9 @@ class GateStatistics:
     contributions: float64 (samples,), what each sample adds to the sum of the curvature of all groups.
     interactions: float32 (rows, groups) with G = interactions' interactions, None where that would be too large.
     samples: their number; loss: their mean cross-entropy, nats.
+    accuracy: share of the samples that the network classifies rightly; chance: the share of the commonest label, which
+        is right as often by itself. None where all labels are the same, as placeholders are.
+    certainty: mean probability that the network gives to its likeliest class; None where it was not measured.
     """
 
     gradient: Floats
@@ -43,13 +48,17 @@ class GateStatistics:
     interactions: NDArray[np.float32] | None
     samples: int
     loss: float
+    accuracy: float | None = None
+    chance: float | None = None
+    certainty: float | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Results for each sample: losses (b,), loss gradients (b, groups), and rows (b, m, groups) of which the squares
-    sum up to the curvature over m, and the products to the Gauss-Newton matrix."""
+    """Results for each sample: logits (b, classes), losses (b,), loss gradients (b, groups), and rows (b, m, groups) of
+    which the squares sum up to the curvature over m, and the products to the Gauss-Newton matrix."""
 
+    logits: torch.Tensor
     losses: torch.Tensor
     gradient: torch.Tensor
     rows: torch.Tensor
@@ -86,11 +95,12 @@ def gate_statistics(
     """
     device = next(model.parameters()).device
     model.eval()
-    total = Totals(groups.count, len(x), interactions)
+    total = Totals(groups.count, y, interactions)
     generator = torch.Generator().manual_seed(seed)
-    for first, samples in batches_of(x, batch_size, device):
-        labels = torch.from_numpy(y[first : first + batch_size]).to(device)
-        batch = measure_batch(model, groups, samples, labels, top, draws, generator)
+    reach = find_reach(model, groups, torch.from_numpy(x), batch_size)
+    for first, samples in batches_of(x, 1 if reach.alone else batch_size, device):
+        labels = torch.from_numpy(y[first : first + len(samples)]).to(device)
+        batch = measure_batch(model, groups, samples, labels, reach, top, draws, generator)
         bad = ~torch.isfinite(batch.losses) | ~torch.isfinite(batch.gradient).all(1)
         bad |= ~torch.isfinite(batch.rows).flatten(1).all(1)
         if bad.any():
@@ -108,19 +118,21 @@ def measure_batch(
     groups: ChannelGroups,
     samples: torch.Tensor,
     labels: torch.Tensor,
+    reach: Reach,
     top: int | None,
     draws: int | None,
     generator: torch.Generator,
 ) -> Batch:
     """One forward pass, then one backward pass a class or a draw; weights get no gradients."""
-    gated = GatedPass(model, groups, samples)
+    gated = GatedPass(model, groups, samples, reach)
+    check_labels(labels, gated.logits)
     losses = nn.functional.cross_entropy(gated.logits, labels, reduction="none")
     if groups.count == 0 or not torch.isfinite(losses).all():  # nothing to measure, or nothing the caller accepts
         nothing = gated.logits.new_zeros(len(samples), 1, groups.count)
-        return Batch(losses.detach(), nothing[:, 0], nothing)
+        return Batch(gated.logits.detach(), losses.detach(), nothing[:, 0], nothing)
     if draws is not None:
         rows = torch.stack(list(drawn_gradients(gated, draws, generator)), 1) / draws**0.5
-        return Batch(losses.detach(), gated.gradients(losses.sum()), rows)
+        return Batch(gated.logits.detach(), losses.detach(), gated.gradients(losses.sum()), rows)
     classes = classes_looked_at(gated.logits, top)
     jacobian = jacobian_of(gated, classes)
     p = gated.logits.detach().gather(1, classes).softmax(1)
@@ -129,7 +141,8 @@ def measure_batch(
         gradient = mean - jacobian[torch.arange(len(labels)), labels]
     else:
         gradient = gated.gradients(losses.sum())
-    return Batch(losses.detach(), gradient, p.sqrt()[:, :, None] * (jacobian - mean[:, None]))
+    rows = p.sqrt()[:, :, None] * (jacobian - mean[:, None])
+    return Batch(gated.logits.detach(), losses.detach(), gradient, rows)
 
 
 def drawn_gradients(gated: GatedPass, draws: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -143,7 +156,11 @@ def drawn_gradients(gated: GatedPass, draws: int, generator: torch.Generator) ->
 class Totals:
     """Sums over the batches, in float64 on the CPU (not every device has float64)."""
 
-    def __init__(self, groups: int, samples: int, interactions: bool) -> None:
+    def __init__(self, groups: int, labels: NDArray[np.int64], interactions: bool) -> None:
+        samples = len(labels)
+        self._labels = labels
+        self._right = np.zeros(samples, dtype=bool)
+        self._certainty = np.zeros(samples)
         self._sums = np.zeros((3, groups))
         self._halves = np.zeros((2, groups))
         self._contributions = np.zeros(samples)
@@ -161,6 +178,8 @@ class Totals:
             self._halves[half] += squares[numbers % 2 == half].sum(0)
         self._contributions[numbers] = squares.sum(1)
         self._loss += float(batch.losses.cpu().double().sum())
+        self._right[numbers] = batch.logits.argmax(1).cpu().numpy() == self._labels[numbers]
+        self._certainty[numbers] = batch.logits.softmax(1).amax(1).cpu().double().numpy()
         if self._keep:
             self._rows.append(batch.rows.flatten(0, 1).cpu().float().numpy())
             self._keep = self._shrink()
@@ -199,6 +218,9 @@ class Totals:
             interactions=interactions,
             samples=samples,
             loss=self._loss / samples,
+            accuracy=float(self._right.mean()) if np.ptp(self._labels) else None,
+            chance=float(np.bincount(self._labels).max() / samples) if np.ptp(self._labels) else None,
+            certainty=float(self._certainty.mean()),
         )
 
 

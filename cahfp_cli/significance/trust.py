@@ -1,6 +1,7 @@
 """How far scores can be trusted: would other samples rank the same, and does the loss rise as it is predicted to?"""
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ SHARES = (0.05, 0.1, 0.2)
 """Of each family's groups, the least significant ones: the sets whose removal is predicted and measured."""
 LEAST_RELIABILITY, LEAST_SAMPLES, LARGEST_RATIO = 0.9, 10.0, 3.0
 """Beyond these a warning is due."""
+CERTAIN, LEAST_SHARE = 0.95, 0.25
+"""A network that gives its likeliest classes more than this, on average, so that less than this share of the samples
+carries the curvature, is saturated."""
+ERRORS = 2.0
+"""Standard errors by which an accuracy must be above chance."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +41,63 @@ class RemovedSet:
 class Trust:
     """reliability: rank correlation (Spearman) that scores of as many other samples are expected to have with these,
     from that of two halves by the Spearman-Brown formula. effective_samples: how many samples the curvature really
-    rests on, (sum v)^2 / sum v^2 of the samples' contributions v. sets: empty where nothing was held out."""
+    rests on, (sum v)^2 / sum v^2 of the samples' contributions v. sets: empty where nothing was held out.
+    samples, accuracy, chance, certainty: of the statistics, see there."""
 
     reliability: float
     effective_samples: float
     sets: tuple[RemovedSet, ...]
+    samples: int = 0
+    accuracy: float | None = None
+    chance: float | None = None
+    certainty: float | None = None
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the network is no better than always naming the commonest label, as far as the samples tell."""
+        if self.accuracy is None or self.chance is None:
+            return False
+        error = sqrt(self.chance * (1 - self.chance) / max(self.samples, 1))
+        return self.accuracy <= self.chance + ERRORS * error
 
     def warnings(self) -> list[str]:
-        """What is poor about the scores, in sentences for people."""
+        """What is poor about the scores and what to do, in sentences for people."""
+        if self.at_chance:  # then nothing else that is said of the scores means anything
+            return [
+                f"the network is at chance level on these samples (accuracy {self.accuracy:.1%}, always the same class "
+                f"{self.chance:.1%}), and what has learnt nothing ranks nothing, however reliably: train it first, or "
+                "check that --data and its labels are those that it was trained for"
+            ]
         found = []
+        saturated = is_saturated(self.certainty, self.effective_samples, self.samples)
+        if saturated:
+            found.append(
+                f"the network is certain of these samples (mean probability {self.certainty:.1%}), so that few of them "
+                f"carry all the curvature (as much as {self.effective_samples:.0f} alike of {self.samples}): score on "
+                "samples that it was not trained on"
+            )
+        elif self.effective_samples < LEAST_SAMPLES:
+            found.append(
+                f"few samples carry all the curvature (as much as {self.effective_samples:.0f} alike); more --samples "
+                "may help"
+            )
         if self.reliability < LEAST_RELIABILITY:
-            found.append(f"scores of other samples would rank groups differently (reliability {self.reliability:.2f})")
-        if self.effective_samples < LEAST_SAMPLES:
-            found.append(f"few samples carry all the curvature (as much as {self.effective_samples:.0f} alike)")
+            found.append(
+                f"scores of other samples would rank groups differently (reliability {self.reliability:.2f})"
+                + ("" if saturated else "; more --samples may help")
+            )
         wrong = [s for s in self.sets if not 1 / LARGEST_RATIO < ratio(s) < LARGEST_RATIO]
         if self.sets and self.sets[0] in wrong:
             found.append(
                 f"removing {self.sets[0].groups} groups changes predictions {ratio(self.sets[0]):.1f} times as much "
-                "as the scores say"
+                "as the scores say: prune with --calibration, which measures what it removes"
             )
         return found
+
+
+def is_saturated(certainty: float | None, effective: float, samples: int) -> bool:
+    """Whether a network is so certain of its samples that few of them carry its curvature."""
+    return certainty is not None and certainty > CERTAIN and effective < LEAST_SHARE * samples
 
 
 def ratio(removed: RemovedSet) -> float:
@@ -77,13 +120,25 @@ def trust(
         significance: float64 (groups,), what decides on the sets that are removed for a test.
         held_out: samples like those of the statistics and not among them; None where there are none.
     """
-    contributions = statistics.contributions
-    squares = float(np.square(contributions).sum())
-    effective = float(contributions.sum()) ** 2 / squares if squares > 0 else 0.0
     sets: tuple[RemovedSet, ...] = ()
     if held_out is not None and statistics.interactions is not None:
         sets = tuple(removed_sets(model, analysis, significance, statistics.interactions, held_out, batch_size))
-    return Trust(reliability(statistics.halves), effective, sets)
+    return Trust(
+        reliability(statistics.halves),
+        effective_samples(statistics.contributions),
+        sets,
+        statistics.samples,
+        statistics.accuracy,
+        statistics.chance,
+        statistics.certainty,
+    )
+
+
+def effective_samples(contributions: Floats) -> float:
+    """How many samples alike would do: (sum v)^2 / sum v^2 of the contributions v >= 0 to the curvature, float64
+    (samples,)."""
+    squares = float(np.square(contributions).sum())
+    return float(contributions.sum()) ** 2 / squares if squares > 0 else 0.0
 
 
 def reliability(halves: Floats) -> float:

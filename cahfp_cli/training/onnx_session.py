@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from cahfp_cli.data.dataset import Samples
 from cahfp_cli.errors import InputError, first_line
+from cahfp_cli.models.rows import check_rows
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 FATAL_ONLY = 4
@@ -60,10 +61,7 @@ def class_logits(session: Any, x: Samples, classes: int, path: Path) -> npt.NDAr
     n, fixed = len(x), fixed_batch(session)
     batch = x if fixed is None or fixed == n else np.concatenate([x, np.repeat(x[-1:], fixed - n, axis=0)])
     logits = run(session, batch, path)[:n]
-    if logits.ndim != 2 or len(logits) != n or logits.shape[1] < classes:
-        raise InputError(
-            f"{path}: gives {logits.shape} for {n} samples of {classes} classes, not one row of logits a sample."
-        )
+    check_rows(logits.shape, n, classes, f"{path}: gives")
     return logits
 
 

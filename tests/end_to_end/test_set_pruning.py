@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from cahfp_cli.commands.networks import open_network
 from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.data.spec import load_data
-from cahfp_cli.significance.measure import subset
+from cahfp_cli.significance.measure import split, subset
 from tests.conftest import Done, Fleet, run, run_well
 
 SAMPLES = 300
+DIVERGENCE = {"predicted", "measured", "final", "fitted", "held_out"}
 CALIBRATED = ("--calibration", "digits@train", "--samples", SAMPLES, "--rounds", 3, "--macs", "0.6", "--threads", 1)
 
 
@@ -77,7 +78,10 @@ def same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
 
 def test_score_says_how_far_it_can_be_trusted_and_records_it(fleet: Fleet) -> None:
     judged = fleet.said["score"].json["trust"]
-    assert judged.keys() == {"reliability", "effective_samples", "sets"}
+    assert judged.keys() == {
+        *("reliability", "effective_samples", "sets", "samples", "accuracy", "chance", "certainty")
+    }
+    assert judged["samples"] == 64 and judged["chance"] < judged["accuracy"] <= 1 and 0 < judged["certainty"] <= 1
     assert 0.5 < judged["reliability"] <= 1
     assert 1 <= judged["effective_samples"] <= 64
     groups = [one["groups"] for one in judged["sets"]]
@@ -133,8 +137,9 @@ def test_the_report_says_how_it_was_selected_and_what_came_of_it(fleet: Fleet, m
     assert report["compensation"]["gates_moved"] > 0.5 * len(kept)
     assert 0.25 <= report["compensation"]["least"] < 1 < report["compensation"]["greatest"] <= 4
     divergence = report["divergence"]
-    assert divergence.keys() == {"predicted", "measured", "final"}
-    assert 0 < divergence["final"] < divergence["measured"] and divergence["predicted"] > 0
+    assert divergence.keys() == DIVERGENCE
+    assert 0 < divergence["fitted"] < divergence["measured"] and divergence["predicted"] > 0
+    assert divergence["final"] > 0 and divergence["held_out"] == SAMPLES // 4
 
 
 def test_kept_groups_are_those_of_the_index_map(fleet: Fleet, made: Made) -> None:
@@ -166,11 +171,16 @@ def test_submodel_onnx_file_report_and_evaluate_agree(fleet: Fleet, made: Made) 
 
 
 def test_the_divergence_in_the_report_is_that_of_the_files(fleet: Fleet, made: Made) -> None:
-    samples = torch.from_numpy(subset(load_data("digits@train"), SAMPLES, 0).x)
-    with torch.no_grad():
-        p, q = (open_network(path).model(samples).double().log_softmax(1) for path in (fleet.checkpoint, made.folder))
-    expected = float((p.exp() * (p - q)).sum(1).mean())
-    assert made.report["divergence"]["final"] == pytest.approx(expected, rel=1e-4)
+    data = load_data("digits@train")
+    fitted, others = subset(data, SAMPLES, 0), split(data, SAMPLES, SAMPLES // 4, 0)[1]
+    assert not {sample.tobytes() for sample in fitted.x} & {sample.tobytes() for sample in others.x}
+    for name, dataset in {"fitted": fitted, "final": others}.items():
+        samples = torch.from_numpy(dataset.x)
+        with torch.no_grad():
+            models = (open_network(path).model for path in (fleet.checkpoint, made.folder))
+            p, q = (model(samples).double().log_softmax(1) for model in models)
+        expected = float((p.exp() * (p - q)).sum(1).mean())
+        assert made.report["divergence"][name] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_untouched_submodel_leads_back_to_the_global_checkpoint_byte_for_byte(
@@ -206,7 +216,7 @@ def test_without_compensation_the_index_map_has_no_factors(fleet: Fleet, tmp_pat
     assert same_bits(load_file(plain.folder / "submodel.safetensors"), gathered(fleet, plain))
     assert plain.report["selection"]["compensate"] is False
     assert "compensation" not in plain.report
-    assert plain.report["divergence"].keys() == {"predicted", "measured", "final"}
+    assert plain.report["divergence"].keys() == DIVERGENCE
 
 
 def test_labels_as_reference_and_norms_measured_anew(fleet: Fleet, tmp_path: Path) -> None:
@@ -224,10 +234,21 @@ def test_interactions_of_the_scores_file_select_without_samples(fleet: Fleet, tm
     interactions = load_file(fleet.scores)["interactions"].astype(np.float64)
     gone = ~np.isin(np.arange(interactions.shape[1]), report["kept_groups"])
     removed = interactions[:, gone].sum(1)
-    expected = {"predicted": pytest.approx(removed @ removed / 2, rel=1e-3), "measured": None, "final": None}
+    expected = dict.fromkeys(DIVERGENCE) | {"predicted": pytest.approx(removed @ removed / 2, rel=1e-3), "held_out": 0}
     assert report["divergence"] == expected
     assert report["selection"] == {"selection": "quadratic"} and "compensation" not in report
     assert not (tmp_path / "no").exists()
+
+
+def test_scores_are_not_needed_with_calibration_and_have_no_influence_which_is_said(
+    fleet: Fleet, made: Made, tmp_path: Path
+) -> None:
+    said = run_well("prune", fleet.checkpoint, *CALIBRATED, "--no-onnx", "--json", "-o", tmp_path / "without")
+    alone = Made(tmp_path / "without", said).report
+    assert alone["kept_groups"] == made.report["kept_groups"] and alone["divergence"] == made.report["divergence"]
+    assert "significance_removed" not in alone and made.report["significance_removed"] > 0
+    assert len(alone["provenance"]["inputs"]) == len(made.report["provenance"]["inputs"]) - 1
+    assert "--scores (gate-ggn) have no influence" in made.said.stderr and "influence" not in said.stderr
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -257,6 +278,12 @@ def test_options_that_lack_what_they_need_are_slips_of_usage(
     inputs = (fleet.checkpoint, "--scores", fleet.scores, "--macs", "0.6", "-o", out)
     refused(run("prune", *inputs, *arguments), 2, *parts)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--calibration", "digits@train", "--selection", "independent"]])
+def test_selection_goes_by_scores_or_by_samples(fleet: Fleet, tmp_path: Path, arguments: list[str]) -> None:
+    done = run("prune", fleet.checkpoint, "--macs", "0.6", *arguments, "-o", tmp_path / "out")
+    refused(done, 2, "--scores FILE", "--calibration SPEC")
 
 
 def test_classes_and_draws_exclude_each_other(fleet: Fleet, tmp_path: Path) -> None:

@@ -71,6 +71,40 @@ def found_by(name, network, **changes):
     return find_criterion(name).function(evidence(network, **changes))
 
 
+# --- weights that count --------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, and a buffer in the way of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.c.weight = self.b.weight
+        self.register_buffer("scale", torch.rand(1, 4) + 5)
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x)) * self.scale
+        return self.head(torch.tanh(self.c(torch.tanh(self.b(x)))))
+
+
+def test_tied_weights_count_once_and_buffers_not_at_all():
+    torch.manual_seed(0)
+    model, groups = prepared(Tied(), (3,))
+    a, b, head = (model.state_dict()[f"{name}.weight"].numpy() for name in ("a", "b", "head"))
+    order = groups.labels["a.weight"][0]
+    assert (order >= 0).all() and "scale" in groups.labels
+    of = [np.concatenate([a[i], b[i], b[:, i], head[:, i]]) for i in range(4)]  # tied: one index is one group in all
+    expected = {"l1": [np.abs(one).sum() for one in of], "l2": [np.sqrt((one**2).sum()) for one in of]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found_by(name, (model, groups), data=calibration((3,)))[order], values, rtol=1e-12)
+    squares = np.array(expected["l2"]) ** 2
+    lamp = [square / squares[squares >= square].sum() for square in squares]
+    np.testing.assert_allclose(found_by("lamp", (model, groups), data=calibration((3,)))[order], lamp, rtol=1e-12)
+    sizes = groups.sizes(name for name, _ in model.named_parameters())
+    assert (sizes[order] == 3 + 4 + 4 + 3 + 3).all()  # weights, and the biases of a, b and c
+
+
 # --- one network: channel by channel ---------------------------------------------------------------------------------
 
 

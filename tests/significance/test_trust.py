@@ -12,7 +12,7 @@ from cahfp_cli.checkpoint.metadata import Provenance
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
-from cahfp_cli.significance.measure import split
+from cahfp_cli.significance.measure import hold_out, split
 from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, read_scores, write_scores
 from cahfp_cli.significance.statistics import gate_statistics
 from cahfp_cli.significance.trust import (
@@ -180,6 +180,40 @@ def test_two_divergences_that_vanish_agree():
     assert len(judged(measured=1e-4, predicted=0.0).warnings()) == 1
 
 
+def test_a_network_at_chance_is_named_and_nothing_else_is_said_of_its_scores():
+    poor = {"reliability": 0.2, "effective_samples": 1.0, "samples": 100}
+    (warning,) = judged(measured=9.0, accuracy=0.1, chance=0.1, **poor).warnings()
+    assert "chance level" in warning and "accuracy 10.0%" in warning and "train it first" in warning
+    error = (0.1 * 0.9 / 100) ** 0.5
+    for accuracy, at_chance in ((0.1 + 2 * error - 1e-6, True), (0.1 + 2 * error + 1e-6, False), (0.0, True)):
+        found = judged(accuracy=accuracy, chance=0.1, samples=100)
+        assert found.at_chance == at_chance == bool(found.warnings())
+    assert not judged(accuracy=None, chance=None, samples=100).at_chance
+
+
+def test_a_network_certain_of_its_samples_is_named_and_other_samples_are_advised():
+    certain = {"samples": 256, "certainty": 0.999}
+    (warning,) = judged(effective_samples=5.0, **certain).warnings()
+    assert "certain" in warning and "as much as 5 alike of 256" in warning and "not trained on" in warning
+    assert "more --samples" not in " ".join(judged(effective_samples=5.0, reliability=0.5, **certain).warnings())
+    assert judged(effective_samples=64.0, **certain).warnings() == []
+    assert "more --samples" in judged(effective_samples=5.0, samples=256, certainty=0.9).warnings()[0]
+
+
+def test_statistics_tell_accuracy_chance_and_certainty_of_the_network(network):
+    model, analysis, _, x = network
+    y = np.random.default_rng(3).integers(0, CLASSES, len(x))
+    with torch.no_grad():
+        p = model(torch.from_numpy(x)).softmax(1).numpy()
+    for how in ({}, {"draws": 2}, {"top": 2}):
+        found = gate_statistics(model, analysis.groups, x, y, batch_size=7, **how)
+        assert found.accuracy == (p.argmax(1) == y).mean()
+        assert found.chance == np.bincount(y).max() / len(y)
+        assert found.certainty == pytest.approx(p.max(1).mean())
+    placeholders = gate_statistics(model, analysis.groups, x, np.zeros(len(x), np.int64))
+    assert placeholders.accuracy is None and placeholders.chance is None
+
+
 # --- the data and the file -------------------------------------------------------------------------------------------
 
 
@@ -199,6 +233,19 @@ def test_what_is_held_out_is_drawn_from_the_rest_and_does_not_change_the_first_p
     assert split(data, 20, 5, 1)[1] is None and len(split(data, 50, 5, 1)[0]) == 20
     assert np.array_equal(split(data, 8, 5, 1)[1].y, others.y)
     assert not np.array_equal(split(data, 8, 5, 2)[1].y, others.y)
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "fitted", "others"),
+    [(100, 40, 40, 10), (100, 90, 80, 20), (100, 500, 80, 20), (4, 9, 4, 0), (50, 6, 6, 2)],
+)
+def test_a_fifth_is_held_out_of_what_is_asked_for_or_there(count, asked, fitted, others):
+    data = numbers(count)
+    fit, judge = hold_out(data, asked, 0)
+    assert len(fit) == fitted and (0 if judge is None else len(judge)) == others
+    assert judge is None or not set(fit.y) & set(judge.y)
+    if asked == fitted:
+        assert np.array_equal(fit.y, split(data, asked, 0, 0)[0].y)
 
 
 @pytest.mark.parametrize("held_out", [True, False])

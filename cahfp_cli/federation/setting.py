@@ -4,13 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputDtype, ModelSpec, Provenance
 from cahfp_cli.coupling.adapters import adapt
-from cahfp_cli.coupling.analysis import Analysis, analyse
+from cahfp_cli.coupling.analysis import Analysis, analyse, cut, probe
+from cahfp_cli.coupling.comparison import SAMPLES
+from cahfp_cli.coupling.masking import check_submodel
 from cahfp_cli.data.dataset import Dataset, check_fits
 from cahfp_cli.data.npz import load_column
 from cahfp_cli.data.spec import load_data, parse_spec
@@ -131,9 +135,13 @@ def _common(
         dataset and replace(dataset, classes=classes) for dataset in (trained, tested, public)
     )
     network = adapt(build(experiment.model, input_shape, classes))
-    analysis = analyse(network, input_shape, torch_type(input_dtype))
+    samples = torch.from_numpy(there[0].x[:SAMPLES]) if len(there[0]) >= SAMPLES else None
+    analysis = analyse(network, input_shape, torch_type(input_dtype), samples)
     if analysis.groups.count == 0:
         raise InputError(f"{experiment.model.spec}: no channel group of this network can be pruned.")
+    # Rounds cut thousands of submodels, in the same way: one of them is compared on numbers.
+    kept = probe(analysis.groups, analysis.groups.narrowest, 0.5, np.random.default_rng(experiment.seeds[0]))
+    check_submodel(network, analysis, kept, cut(network, analysis, kept)[0], samples)
     itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
     devices = make_devices(experiment.fleet, analysis.groups, analysis, itemsizes)
     return Common(

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.metadata import Provenance
+from cahfp_cli.checkpoint.sole_writer import sole_writer
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.federation.client import Trainer, train_client
 from cahfp_cli.federation.clients import Clients, LocalClients
@@ -19,6 +20,7 @@ from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.run import Row, run
 from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
+from cahfp_cli.federation.workers import workers
 from cahfp_cli.reconstruction.allocator import keep_freed_memory
 from cahfp_cli.training.device import use_threads
 
@@ -57,15 +59,15 @@ def simulate(
     """
     if fleet is None:
         check_has_data(experiment)
-    common = begin(experiment, output, provenance, resume)
     runs = []
-    for plan in plans(experiment):
+    with begun(experiment, output, provenance, resume) as (common, _):
+        for plan in plans(experiment):
 
-        def committed(row: Row, plan: Plan = plan) -> None:
-            on_round(plan.partition, plan.method, plan.seed, row)
+            def committed(row: Row, plan: Plan = plan) -> None:
+                on_round(plan.partition, plan.method, plan.seed, row)
 
-        runs.append(plan.done(run_plan(common, plan, output, fleet or LocalClients(trainer), committed)))
-    return finish(experiment, output, runs)
+            runs.append(plan.done(run_plan(common, plan, output, fleet or LocalClients(trainer), committed)))
+        return finish(experiment, output, runs)
 
 
 def simulate_in_parallel(
@@ -81,24 +83,22 @@ def simulate_in_parallel(
     """As `simulate`, with `jobs` runs at a time in processes of their own, of so many threads each; the results are the
     same. `on_round` is called for all rounds of a run when it has ended.
 
-    Raises: as `simulate`; whatever ends a run, once those that had begun have ended.
+    Raises: as `simulate`; whatever ends a run, once those that had begun have ended; InputError: a process was ended
+        from outside.
     """
     check_has_data(experiment)
-    begin(experiment, output, provenance, resume)
     rows: dict[Plan, tuple[Row, ...]] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        asked = {
-            pool.submit(run_alone, experiment, plan, output, provenance, threads): plan for plan in plans(experiment)
-        }
-        try:
+    with begun(experiment, output, provenance, resume) as (_, held):
+        with workers(jobs, held) as pool:
+            asked = {
+                pool.submit(run_alone, experiment, one, output, provenance, threads): one for one in plans(experiment)
+            }
             for done in as_completed(asked):
                 plan = asked[done]
                 rows[plan] = done.result()
                 for row in rows[plan]:
                     on_round(plan.partition, plan.method, plan.seed, row)
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return finish(experiment, output, [plan.done(rows[plan]) for plan in plans(experiment)])
+        return finish(experiment, output, [plan.done(rows[plan]) for plan in plans(experiment)])
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,25 @@ def plans(experiment: Experiment) -> list[Plan]:
     ]
 
 
-def begin(experiment: Experiment, output: Path, provenance: Provenance, resume: bool) -> Common:
-    """Make the folder, with the record of the experiment and the checkpoints that all methods start from."""
+@contextmanager
+def begun(experiment: Experiment, output: Path, provenance: Provenance, resume: bool) -> Iterator[tuple[Common, int]]:
+    """Make the folder, with the record of the experiment and the checkpoints that all methods start from. In the block
+    nobody else writes into it; yields the descriptor of that lock, too."""
     check_output(output, experiment, resume)
     common = prepare(experiment, provenance)
     check_runs(common)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / EXPERIMENT, recorded(experiment))
-    for seed in experiment.seeds:
-        if not start_of(output, seed).exists():
-            write_start(common, seed, start_of(output, seed))
-    return common
+    try:
+        output.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError:
+        check_output(output, experiment, resume)  # it came into being meanwhile
+        raise
+    with sole_writer(output) as held:
+        check_output(output, experiment, resume=True)
+        write_text(output / EXPERIMENT, recorded(experiment))
+        for seed in experiment.seeds:
+            if not start_of(output, seed).exists():
+                write_start(common, seed, start_of(output, seed))
+        yield common, held
 
 
 def start_of(output: Path, seed: int) -> Path:

@@ -13,6 +13,7 @@ line is JSON: each figure, the bar beside it, and `holds`, which is null where n
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from cahfp_cli.commands.live import percent
 from cahfp_cli.commands.simulate import COLUMNS, rows_of
 from cahfp_cli.federation.experiment import Experiment, read_experiment
 from cahfp_cli.federation.simulation import simulate_in_parallel, summary
@@ -48,7 +50,7 @@ def quick(experiment: Experiment) -> Experiment:
 
 
 def figure(value: float, bar: str, holds: bool) -> dict[str, Any]:
-    return {"value": round(value, 4), "bar": bar, "holds": bool(holds)}
+    return {"value": None if math.isnan(value) else round(value, 4), "bar": bar, "holds": bool(holds)}
 
 
 def figures_of(results: list[dict[str, Any]], partition: str) -> Figures:
@@ -58,10 +60,14 @@ def figures_of(results: list[dict[str, Any]], partition: str) -> Figures:
         return {}
     ours, found = own[OURS], {}
 
+    def of(entry: dict[str, Any], kind: str, part: str) -> float:
+        """NaN where it is missing: no bar holds then."""
+        return math.nan if entry[kind] is None else 100 * float(entry[kind][part])
+
     def lead(kind: str, other: str) -> dict[str, Any]:
-        theirs = own[other][kind]
-        points = 100 * (ours[kind]["mean"] - theirs["mean"])
-        spread = 100 * (ours[kind]["sd"] + theirs["sd"])
+        theirs = own[other]
+        points = of(ours, kind, "mean") - of(theirs, kind, "mean")
+        spread = of(ours, kind, "sd") + of(theirs, kind, "sd")
         return figure(points, f"> {spread:.2f}", points > spread)
 
     for other in own:
@@ -71,7 +77,7 @@ def figures_of(results: list[dict[str, Any]], partition: str) -> Figures:
         if other in own:
             found[f"{partition}: global, lead over {other}"] = lead("recalibrated", other)
     if partition == "dirichlet(0.5)" and "fedavg" in own:
-        behind = 100 * (own["fedavg"]["recalibrated"]["mean"] - ours["recalibrated"]["mean"])
+        behind = of(own["fedavg"], "recalibrated", "mean") - of(ours, "recalibrated", "mean")
         found[f"{partition}: global, behind fedavg"] = figure(behind, "<= 2", behind <= 2)
         share = ours["uploaded_bytes"] / own["fedavg"]["uploaded_bytes"]
         found[f"{partition}: uploaded, share of fedavg"] = figure(share, "< 0.5", share < 0.5)
@@ -96,7 +102,7 @@ def main() -> None:
     def on_round(partition: str, method: str, seed: int, row: dict[str, Any]) -> None:
         if "accuracy" in row:
             found = row["accuracy"]
-            shown = f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
+            shown = f"global {percent(found['recalibrated'])}%, deployed {percent(found['deployed'])}%"
             print(f"{partition}, {method}, seed {seed}, round {row['round']}: {shown}", flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:

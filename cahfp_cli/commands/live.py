@@ -29,7 +29,7 @@ def watched(console: Console, rounds: int) -> Iterator[OnRound]:
             found = row["accuracy"]
             console.note(
                 f"{partition}, {method}, seed {seed}, round {row['round']}/{rounds}: "
-                f"global {100 * found['recalibrated']:.1f}%, deployed {100 * found['deployed']:.1f}%"
+                f"global {percent(found['recalibrated'])}%, deployed {percent(found['deployed'])}%"
             )
 
     if console.quiet or console.json or not sys.stderr.isatty():
@@ -60,10 +60,19 @@ def warn(console: Console, partition: str, method: str, seed: int, row: Json) ->
         console.warn(f"{place}: client {client} dropped: {why}")
     for client, why in row["unscored"].items():
         console.warn(f"{place}: client {client} keeps its mask: {why}")
-    if row.get("accuracy", {}).get("broken"):
-        console.warn(f"{place}: nothing could be measured: {row['accuracy']['broken']}")
+    missing: dict[str, list[str]] = {}
+    for name, why in row.get("accuracy", {}).get("missing", {}).items():
+        missing.setdefault(why, []).append(name)
+    for why, names in missing.items():
+        console.warn(f"{place}: {', '.join(names)}: missing: {why}")
+    if row.get("bound_missing"):
+        console.warn(f"{place}: terms of the bound: missing: {row['bound_missing']}")
     if row["failed"] is not None:
         console.warn(f"{place}: the global checkpoint stays as it was: {row['failed']}")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def cells(row: Json, rounds: int, seconds: float, before: list[str] | None) -> list[str]:
@@ -73,7 +82,7 @@ def cells(row: Json, rounds: int, seconds: float, before: list[str] | None) -> l
     """
     accuracy = before[2:4] if before else ["", ""]
     if "accuracy" in row:
-        accuracy = [f"{100 * row['accuracy'][name]:.1f}" for name in ("recalibrated", "deployed")]
+        accuracy = [percent(row["accuracy"][name]) for name in ("recalibrated", "deployed")]
     loss = "failed" if row["loss"] is None else f"{row['loss']:.3f}"
     return [f"{row['round']}/{rounds}", loss, *accuracy, f"{row['uploaded_bytes'] / 1e6:.1f}", f"{seconds:.0f}"]
 

@@ -1,5 +1,6 @@
 """`cahfp simulate`: federated rounds of several methods on equal terms, on one machine."""
 
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,7 +69,7 @@ def simulate(
     import torch
 
     from cahfp_cli.federation.experiment import read_experiment
-    from cahfp_cli.federation.simulation import SUMMARY, simulate_in_parallel, summary
+    from cahfp_cli.federation.simulation import SUMMARY, check_merged, simulate_in_parallel, summary
     from cahfp_cli.federation.simulation import simulate as run
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction.allocator import keep_freed_memory
@@ -92,8 +93,11 @@ def simulate(
             runs = run(asked, output, source, resume=resume, on_round=committed)
     found = summary(asked, runs)
     write_figures(asked, runs, found, output)
-    text = "\n\n".join(f"{p}\n{table(COLUMNS, rows_of(found, p))}" for p in asked.partitions)
+    text = "\n\n".join(
+        "\n".join([p, table(COLUMNS, rows_of(found, p)), *missing_of(found, p)]) for p in asked.partitions
+    )
     console.result(f"{text}\n\nwrote {output}", {"output": str(output), "summary": str(output / SUMMARY), **found})
+    check_merged(runs)
 
 
 def rows_of(found: Json, partition: str) -> list[list[str]]:
@@ -115,6 +119,17 @@ def rows_of(found: Json, partition: str) -> list[list[str]]:
     ]
 
 
+def missing_of(found: Json, partition: str) -> list[str]:
+    """A line for each figure in the table of a partition that is missing."""
+    heads = {name: head for head, name in ACCURACIES.items()}
+    return [
+        f"{entry['method']}: {heads[name]} is missing: {why}"
+        for entry in found["results"]
+        if entry["partition"] == partition
+        for name, why in entry["missing"].items()
+    ]
+
+
 def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, output: Path) -> None:
     """The figures, each as a PNG, and all of them with the tables in `report.html`."""
     from cahfp_cli.federation.simulation import folder_name, write_text
@@ -125,8 +140,10 @@ def write_figures(asked: "Experiment", runs: "Sequence[Run]", found: Json, outpu
     parts: list[Table | Picture | Listing] = []
     for partition in asked.partitions:
         parts.append(Table(partition, COLUMNS, rows_of(found, partition)))
+        if missing := missing_of(found, partition):
+            parts.append(Listing(f"{partition}: what is missing", "\n".join(missing)))
         devices = [
-            [entry["method"], *(f"{100 * share:.1f}" for share in entry["by_device"])]
+            [entry["method"], *("-" if share is None else f"{100 * share:.1f}" for share in entry["by_device"])]
             for entry in found["results"]
             if entry["partition"] == partition
         ]
@@ -199,6 +216,7 @@ def bound_part(asked: "Experiment", runs: "Sequence[Run]", partition: str, outpu
 
 
 def curve(one: "Run", x_of: Callable[[dict[str, Any]], float], accuracy: str) -> tuple[list[float], list[float]]:
-    """The rounds of a run that were evaluated."""
+    """The rounds of a run that were evaluated; NaN for an accuracy that is missing."""
     rows = [row for row in one.rows if "accuracy" in row]
-    return [float(x_of(row)) for row in rows], [100 * row["accuracy"][accuracy] for row in rows]
+    found = [row["accuracy"][accuracy] for row in rows]
+    return [float(x_of(row)) for row in rows], [math.nan if y is None else 100 * y for y in found]

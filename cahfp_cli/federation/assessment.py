@@ -4,9 +4,11 @@ Statistics of batch norms belong to a network of certain widths, so both are mea
 alone are renewed: on the public split, or else by the clients, who return them to be pooled like any reply.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,76 +42,115 @@ Counts = NDArray[np.int64]
 @dataclass(frozen=True)
 class Assessment:
     """Accuracies on the test data, 0..1. plain: the global network with the statistics that the rounds left in it;
-    recalibrated: after the phase of statistics. deployed: mean over devices of the submodels as cut; by_device: of
-    each. own, tuned: mean over devices of the submodels as cut, and after one local epoch on the device's own data,
-    where each class of the test data counts by its share of that data; None where only the devices have it. broken: why
-    nothing could be measured, as for weights that are too large to compute with; accuracies are 0 then."""
+    recalibrated: after the phase of statistics, loss: then. deployed: mean over devices of the submodels as cut;
+    by_device: of each. own, tuned: mean over devices of the submodels as cut, and after one local epoch on the device's
+    own data, where each class of the test data counts by its share of that data; None where only the devices have it.
 
-    plain: float
-    recalibrated: float
+    Each figure stands for itself: one that could not be measured is None, and so is a mean of which one device's is
+    missing. missing: why, by the figure's name.
+    """
+
+    plain: float | None
+    recalibrated: float | None
     loss: float | None
-    deployed: float
+    deployed: float | None
     own: float | None
     tuned: float | None
-    by_device: tuple[float, ...]
-    broken: str | None = None
+    by_device: tuple[float | None, ...]
+    missing: Mapping[str, str]
 
 
 def assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
     """Measure the checkpoint that round `number` gave."""
-    try:
-        return _assess(setting, method, number, checkpoint, memory)
-    except InputError as error:
-        known = 0.0 if setting.common.train is not None else None
-        nothing = (0.0,) * len(setting.common.devices)
-        return Assessment(0.0, 0.0, None, 0.0, known, known, nothing, first_line(error))
-
-
-def _assess(setting: Setting, method: Method, number: int, checkpoint: Path, memory: Memory) -> Assessment:
     common, test = setting.common, setting.common.test
     assert test is not None
     arrays = load_global(setting, checkpoint)
     situation = situation_of(setting, number, arrays, memory)
     whole = compact(common.network, common.analysis, method.network(situation, 0))
-    plain = evaluate(whole, test, BATCH, CPU)
-    renew_statistics(setting, whole)
-    recalibrated = evaluate(whole, test, BATCH, CPU)
-    cut: dict[bytes, tuple[nn.Module, Counts]] = {}
+    plain = tried(partial(evaluate, whole, test, BATCH, CPU))
+    recalibrated = tried(partial(renewed_and, evaluate, setting, whole, test))
+    found: dict[str, list[float | str]] = {"deployed": [], "own": [], "tuned": []}  # of each device, or why not
+    cut: dict[bytes, tuple[nn.Module, Counts | str]] = {}
     in_test = np.bincount(test.y, minlength=test.classes)
-    as_cut, own, tuned = [], [], []
     for client in range(len(common.devices)):
         mask = method.deploy(situation, client)
         key = mask.tobytes()
         if key not in cut:
-            submodel = compact(common.network, common.analysis, mask)
-            renew_statistics(setting, submodel)
-            cut[key] = submodel, hits_by_class(submodel, test, BATCH, CPU)
+            made = compact(common.network, common.analysis, mask)
+            cut[key] = made, tried(partial(renewed_and, hits_by_class, setting, made, test))
         submodel, hits = cut[key]
-        as_cut.append(float(hits.sum() / in_test.sum()))
+        found["deployed"].append(hits if isinstance(hits, str) else float(hits.sum() / in_test.sum()))
         data = setting.data_of(client)
         if data is None:
             continue
         in_training = np.bincount(data.y, minlength=test.classes)
-        own.append(accuracy_on(in_training, hits, in_test))
-        after = tuned_copy(setting, submodel, data, number, client)
-        tuned.append(accuracy_on(in_training, hits_by_class(after, test, BATCH, CPU), in_test))
+        after = hits
+        if not isinstance(hits, str):
+            after = tried(partial(tuned_hits, setting, submodel, data, number, client))
+        for name, own in (("own", hits), ("tuned", after)):
+            found[name].append(own if isinstance(own, str) else accuracy_on(in_training, own, in_test))
+    missing = {name: why for name, why in (("plain", plain), ("recalibrated", recalibrated)) if isinstance(why, str)}
+    for name, values in found.items():
+        faults = [f"client {client}: {why}" for client, why in enumerate(values) if isinstance(why, str)]
+        missing |= {name: faults[0]} if faults else {}
     return Assessment(
-        plain.accuracy,
-        recalibrated.accuracy,
-        recalibrated.loss,
-        float(np.mean(as_cut)),
-        float(np.mean(own)) if own else None,
-        float(np.mean(tuned)) if tuned else None,
-        tuple(as_cut),
+        None if isinstance(plain, str) else plain.accuracy,
+        None if isinstance(recalibrated, str) else recalibrated.accuracy,
+        None if isinstance(recalibrated, str) else recalibrated.loss,
+        mean(found["deployed"]),
+        mean(found["own"]),
+        mean(found["tuned"]),
+        tuple(None if isinstance(value, str) else value for value in found["deployed"]),
+        missing,
     )
 
 
-def accuracy_on(shares: Counts, hits: Counts, samples: Counts) -> float:
+def unmeasured(setting: Setting, why: str) -> Assessment:
+    """Of a run that has nothing to be measured."""
+    ours = setting.common.train is not None
+    names = ("plain", "recalibrated", "deployed", *(("own", "tuned") if ours else ()))
+    nothing = (None,) * len(setting.common.devices)
+    return Assessment(None, None, None, None, None, None, nothing, dict.fromkeys(names, why))
+
+
+Found = TypeVar("Found")
+
+
+def tried(measure: Callable[[], Found]) -> Found | str:
+    """What is measured, or why it cannot be: weights that are too large to compute with, training that diverges."""
+    try:
+        return measure()
+    except InputError as error:
+        return first_line(error)
+
+
+def renewed_and(measure: Callable[..., Found], setting: Setting, network: nn.Module, test: Dataset) -> Found:
+    """What is measured of a network after the phase of statistics, which changes it."""
+    renew_statistics(setting, network)
+    return measure(network, test, BATCH, CPU)
+
+
+def tuned_hits(setting: Setting, submodel: nn.Module, data: Dataset, number: int, client: int) -> Counts:
+    """Of each class, how many test samples a submodel has right after one local epoch on the client's own data."""
+    test = setting.common.test
+    assert test is not None
+    return hits_by_class(tuned_copy(setting, submodel, data, number, client), test, BATCH, CPU)
+
+
+def mean(values: Sequence[float | str]) -> float | None:
+    """Of all devices; None if there are none, or where that of one is missing."""
+    sound = [value for value in values if not isinstance(value, str)]
+    return float(np.mean(sound)) if sound and len(sound) == len(values) else None
+
+
+def accuracy_on(shares: Counts, hits: Counts, samples: Counts) -> float | str:
     """Accuracy if classes came in these shares, of a network that is right in `hits` of so many samples of each class;
-    all (classes,). Classes of which there is no sample are left out; 0 if that leaves none."""
+    all (classes,). Classes of which there is no sample are left out; if that leaves none, it is said instead."""
     seen = samples > 0
     weights = shares[seen]
-    return float(weights @ (hits[seen] / samples[seen]) / max(1, weights.sum()))
+    if not weights.any():
+        return "the test data has no sample of its classes"
+    return float(weights @ (hits[seen] / samples[seen]) / weights.sum())
 
 
 def bound_terms(setting: Setting, number: int, before: Path, after: Path, merged: Mapping[int, Mask]) -> Terms:

@@ -22,7 +22,7 @@ Whole = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, lt=1e30)]
 MOST_CLASSES = 1_000_000
 LONGEST_PROFILE = 65_536
 """Characters."""
@@ -74,7 +74,7 @@ class Training(Record):
     epochs: Whole = 1
     steps: Whole | None = None
     batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
-    lr: Positive = 0.05
+    lr: LearningRate = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -106,7 +106,7 @@ class Start(Record):
 
     checkpoint: str | None = None
     public_epochs: Natural = 0
-    lr: Positive = 0.05
+    lr: LearningRate = 0.05
 
     @property
     def cold(self) -> bool:
@@ -121,7 +121,7 @@ class Evaluation(Record):
     every round, see bound.py."""
 
     every: Whole = 5
-    tuning_lr: Positive | None = None
+    tuning_lr: LearningRate | None = None
     samples: Annotated[int, Field(strict=True, ge=2)] = 64
     bound_terms: Annotated[bool, Field(strict=True)] = False
 

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from cahfp_cli.checkpoint.atomic import atomic_file
 from cahfp_cli.checkpoint.metadata import dump_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.errors import InputError
-from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics
+from cahfp_cli.errors import InputError, first_line
+from cahfp_cli.federation.assessment import assess, bound_terms, renew_statistics, unmeasured
 from cahfp_cli.federation.bound import Terms
 from cahfp_cli.federation.clients import Clients
 from cahfp_cli.federation.insulation import insulated
@@ -78,9 +78,10 @@ def run(
             "coverage": {tensor: list(counts) for tensor, counts in outcome.coverage.items()},
         }
         if experiment.evaluation.bound_terms:
-            row["bound"] = bound_of(setting, number, before, after, outcome.merged)
+            row["bound"], row["bound_missing"] = bound_of(setting, number, before, after, outcome.merged)
         if (number + 1) % experiment.evaluation.every == 0 or number + 1 == experiment.rounds:
-            found = assess(setting, method, number, after, memory)
+            nothing = why_nothing([*rows, row])
+            found = assess(setting, method, number, after, memory) if nothing is None else unmeasured(setting, nothing)
             row["accuracy"] = {**asdict(found), "by_device": list(found.by_device)}  # as JSON gives it back
         rows.append(row)
         write_memory(memory_of(folder, number + 1), memory)
@@ -99,15 +100,27 @@ def run(
     return rows
 
 
+def why_nothing(rows: Sequence[Row]) -> str | None:
+    """Why a run has nothing to be measured: no round of it was merged, so that its network is still that of the start.
+    None where one was."""
+    if any(row["failed"] is None for row in rows):
+        return None
+    first = rows[0]
+    why = [first["failed"], *(f"client {client}: {fault}" for client, fault in first["dropped"].items())]
+    return f"no round was merged; {'; '.join(why[:2])}"
+
+
 def bound_of(
     setting: Setting, number: int, before: Path, after: Path, merged: Mapping[int, Mask]
-) -> dict[str, float | None]:
-    """The terms of the bound, None for what is not finite, or all of it where the network's outputs are not."""
+) -> tuple[dict[str, float | None], str | None]:
+    """The terms of the bound, None for what is not finite, or all of it where the outputs are not; and why."""
     try:
         found = asdict(bound_terms(setting, number, before, after, merged))
-    except InputError:
-        found = {field.name: math.nan for field in fields(Terms)}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    except InputError as error:
+        return {field.name: None for field in fields(Terms)}, first_line(error)
+    faults = [name for name, value in found.items() if not math.isfinite(value)]
+    why = f"not finite: {', '.join(faults)}" if faults else None
+    return {name: None if name in faults else value for name, value in found.items()}, why
 
 
 def write_first(setting: Setting, method: Method, start: Path, target: Path, memory: Memory) -> None:

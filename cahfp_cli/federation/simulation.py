@@ -18,7 +18,7 @@ from cahfp_cli.federation.client import Trainer, train_client
 from cahfp_cli.federation.clients import Clients, LocalClients
 from cahfp_cli.federation.experiment import Experiment
 from cahfp_cli.federation.methods import METHODS
-from cahfp_cli.federation.run import Row, run
+from cahfp_cli.federation.run import Row, run, why_nothing
 from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
 from cahfp_cli.federation.workers import workers
 from cahfp_cli.reconstruction.allocator import keep_freed_memory
@@ -235,17 +235,25 @@ def lines(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 
 def summary(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
-    """Of each method on each partition the figures after the last round: mean and standard deviation over seeds."""
+    """Of each method on each partition the figures after the last round: mean and standard deviation over seeds; None
+    where that of one seed is missing, and in `missing` why, by the figure's name."""
     entries = []
     for partition in experiment.partitions:
         for method in experiment.methods:
-            own = [one.rows for one in runs if (one.partition, one.method) == (partition, method)]
+            done = [one for one in runs if (one.partition, one.method) == (partition, method)]
+            own = [one.rows for one in done]
             entry: dict[str, Any] = {"partition": partition, "method": method, "seeds": len(own)}
+            last = {one.seed: one.rows[-1]["accuracy"] for one in done}
             for name in ACCURACIES:
-                values = [rows[-1]["accuracy"][name] for rows in own]
+                values = [found[name] for found in last.values()]
                 entry[name] = None if None in values else spread(values)
-            devices = np.array([rows[-1]["accuracy"]["by_device"] for rows in own])
-            entry["by_device"] = devices.mean(axis=0).tolist()
+            devices = zip(*(found["by_device"] for found in last.values()), strict=True)
+            entry["by_device"] = [None if None in values else float(np.mean(values)) for values in devices]
+            entry["missing"] = {
+                name: f"seed {seed}: {found['missing'][name]}"
+                for seed, found in reversed(last.items())  # so that the first seed's reason stays
+                for name in found["missing"]
+            }
             for name in ("uploaded_bytes", "client_flops"):
                 entry[name] = float(np.mean([rows[-1][name] for rows in own]))
             entry["seconds"] = float(np.mean([sum(row["seconds"] for row in rows) for rows in own]))
@@ -253,6 +261,13 @@ def summary(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
             entry["failed"] = sum(row["failed"] is not None for rows in own for row in rows)
             entries.append(entry)
     return {"experiment": experiment.model_dump(mode="json"), "results": entries}
+
+
+def check_merged(runs: Sequence[Run]) -> None:
+    """Raises: InputError: no round of any run was merged."""
+    reasons = [why_nothing(one.rows) for one in runs]
+    if reasons and all(reasons):
+        raise InputError(f"nothing was trained in any run: {reasons[0]}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

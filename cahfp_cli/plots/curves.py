@@ -17,15 +17,20 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 @plain_style()
 def draw_curves(curves: Mapping[str, Sequence[Curve]], title: str, x_label: str, y_label: str, log: bool) -> Figure:
-    """Draw the curves of each method, one for each seed, all of a method with the same number of points.
+    """Draw the curves of each method, one for each seed, all of a method with the same number of points. Points that
+    are NaN for one seed are left out; a method that has no others is named as not measured.
 
     Args: log: whether x has a logarithmic scale.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, seeds) in enumerate(curves.items()):
-        x = np.mean([curve[0] for curve in seeds], axis=0)
-        y = np.array([curve[1] for curve in seeds])
+        x = np.mean([curve[0] for curve in seeds], axis=0, dtype=np.float64)
+        y = np.array([curve[1] for curve in seeds], np.float64)
+        if log:
+            x = np.where(x > 0, x, np.nan)
+        if np.isnan(x + y.mean(axis=0)).all():
+            name += " (not measured)"
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
         axes.plot(x, y.mean(axis=0), style, color=colour, label=name, marker=".", markersize=4, linewidth=1.2)
         if len(y) > 1:

@@ -36,13 +36,16 @@ def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
         norm.momentum = None  # the plain mean over batches
         norm.train()
     samples = torch.from_numpy(x).to(next(model.parameters()).device)
-    for batch in torch.split(samples, batch_size):
-        if len(batch) > 1:
-            model(batch)
-    model.eval()
+    try:
+        for batch in torch.split(samples, batch_size):
+            if len(batch) > 1:
+                model(batch)
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     measured = 0
-    for norm, momentum, statistics in zip(norms, momenta, before, strict=True):
-        norm.momentum = momentum
+    for norm, statistics in zip(norms, before, strict=True):
         if norm.num_batches_tracked == 0:
             norm.load_state_dict(statistics, strict=False)
             continue

@@ -33,6 +33,7 @@ def test_the_small_experiment_is_read(tmp_path: Path) -> None:
         ("clients_per_round = 3", "clients_per_round = 5", "the fleet has 4 devices"),
         ('"cahfp"]', '"cahpf"]', "'methods'.*no 'cahpf'"),
         ('"cahfp"]', '"heterofl"]', "'methods'.*twice"),
+        ("[selection]", "[train]\nlr = 1e30\n[selection]", "'train.lr'"),
         ("dirichlet(0.5)", "dirichlet(x)", "'partitions'.*alpha"),
         ("rounds = 2", 'rounds = 2\nrule = "mean"', "'rule'.*no 'mean'"),
         ("rounds = 2", "rounds = ", "not valid TOML"),

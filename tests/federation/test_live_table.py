@@ -69,6 +69,8 @@ def test_accuracies_stay_until_the_next_evaluation_and_a_failed_round_is_named()
     assert first == ["1/3", "1.000", "50.0", "25.0", "2.0", "1"]
     assert cells(row(2, loss=None, failed="why"), 3, 2.0, first) == ["2/3", "failed", "50.0", "25.0", "2.0", "2"]
     assert cells(row(1), 3, 1.0, None)[2:4] == ["", ""]
+    nothing = row(1, accuracy={"recalibrated": 0.5, "deployed": None, "missing": {"deployed": "client 1: why"}})
+    assert cells(nothing, 3, 1.0, None)[2:4] == ["50.0", "-"]
 
 
 def test_warnings_name_who_was_dropped_and_why_a_round_failed(capsys: pytest.CaptureFixture[str]) -> None:

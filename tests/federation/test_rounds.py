@@ -1,5 +1,6 @@
 """Rounds on one harness: fair, safe against bad replies, and the same when taken up again."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cahfp_cli.checkpoint.digest import content_digest, file_sha256
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.federation import assessment
 from cahfp_cli.federation.assessment import accuracy_on
 from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
 from cahfp_cli.federation.methods import METHODS
-from cahfp_cli.federation.simulation import simulate
+from cahfp_cli.federation.setting import Setting
+from cahfp_cli.federation.simulation import Run, check_merged, simulate, summary
 from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
 from cahfp_cli.pruning.index_map import IndexMap, write_index_map
 from cahfp_cli.reconstruction import gate as reconstruction_gate
@@ -221,8 +226,62 @@ def test_what_cannot_be_measured_ends_no_run(tmp_path: Path, monkeypatch: pytest
     )
     (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=first_client_of(huge))
     for row in run.rows:
-        assert row["accuracy"]["broken"] and row["accuracy"]["deployed"] == 0 and row["accuracy"]["loss"] is None
-        assert None in row["bound"].values()
+        found = row["accuracy"]
+        assert set(found["missing"]) == {"plain", "recalibrated", "deployed", "own", "tuned"}
+        assert {found[name] for name in ("loss", *found["missing"])} == {None} == set(found["by_device"])
+        assert None in row["bound"].values() and row["bound_missing"]
+
+
+def test_each_figure_stands_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One device whose tuning diverges takes nothing from other figures, and is not left out of a mean in silence."""
+    asked = experiment(methods=["heterofl"], rounds=1)
+    (whole,) = simulate(asked, tmp_path / "whole", PROVENANCE)
+    tuned_copy = assessment.tuned_copy
+
+    def diverging(setting: Setting, submodel: nn.Module, data: Dataset, number: int, client: int) -> nn.Module:
+        if client == 3:
+            raise InputError("training diverged")
+        return tuned_copy(setting, submodel, data, number, client)
+
+    monkeypatch.setattr(assessment, "tuned_copy", diverging)
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE)
+    expected = {**whole.rows[-1]["accuracy"], "tuned": None, "missing": {"tuned": "client 3: training diverged"}}
+    assert run.rows[-1]["accuracy"] == expected and whole.rows[-1]["accuracy"]["tuned"] > 0
+    (entry,) = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]
+    assert entry["tuned"] is None and entry["missing"] == {"tuned": "seed 0: client 3: training diverged"}
+    assert entry["own"]["mean"] == expected["own"] and None not in entry["by_device"]
+
+
+def test_a_run_of_which_no_round_was_merged_has_no_figures(tmp_path: Path) -> None:
+    def silent(task: Task) -> Reply:
+        if task.number == 0 or task.client == 1:
+            raise InputError("no reply")
+        return train_client(task)
+
+    asked = experiment(methods=["heterofl"], rounds=2, clients_per_round=6, evaluation={"every": 1})
+    (run,) = simulate(asked, tmp_path / "out", PROVENANCE, trainer=silent)
+    first, second = (row["accuracy"] for row in run.rows)
+    assert first["deployed"] is None and "client 0: no reply" in first["missing"]["tuned"]
+    assert second["deployed"] > 0 and not second["missing"]
+    check_merged([run])
+    with pytest.raises(InputError, match="nothing was trained in any run: no round was merged; 0 sound replies"):
+        check_merged([replace(run, rows=run.rows[:1])])
+    check_merged([replace(run, rows=run.rows[:1]), run])
+
+
+def test_a_mean_over_seeds_is_missing_where_that_of_one_is() -> None:
+    accuracy = {**dict.fromkeys(("plain", "recalibrated", "deployed", "own", "tuned"), 0.5), "by_device": [0.5, 0.25]}
+    row = {"uploaded_bytes": 0, "client_flops": 0.0, "seconds": 1.0, "dropped": {}, "failed": None}
+    sound, other = (
+        {**accuracy, "missing": {}},
+        {**accuracy, "own": None, "by_device": [0.5, None], "missing": {"own": "x"}},
+    )
+    runs = [
+        Run("iid", "heterofl", seed, ({**row, "accuracy": found},)) for seed, found in enumerate((sound, other, other))
+    ]
+    (entry,) = summary(experiment(methods=["heterofl"], partitions=["iid"]), runs)["results"]
+    assert entry["own"] is None and entry["missing"] == {"own": "seed 1: x"}
+    assert entry["deployed"] == {"mean": 0.5, "sd": 0.0} and entry["by_device"] == [0.5, None]
 
 
 def test_test_data_that_lacks_a_class_is_no_fault(tmp_path: Path) -> None:
@@ -231,7 +290,7 @@ def test_test_data_that_lacks_a_class_is_no_fault(tmp_path: Path) -> None:
     np.savez(tmp_path / "test.npz", x=digits.x[known], y=digits.y[known])
     data = {"train": "digits@train[0:400]", "test": f"npz:{tmp_path / 'test.npz'}"}
     (run,) = simulate(experiment(rounds=1, data=data), tmp_path / "out", PROVENANCE)
-    assert run.rows[0]["accuracy"]["broken"] is None and 0 <= run.rows[0]["accuracy"]["own"] <= 1
+    assert not run.rows[0]["accuracy"]["missing"] and 0 <= run.rows[0]["accuracy"]["own"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -344,7 +403,10 @@ def test_own_and_tuned_accuracy_count_classes_as_the_device_has_them(tmp_path: P
         (6 * 0.5 + 2 * 0.25) / 8
     )
     assert accuracy_on(np.array([6, 2, 2]), np.array([5, 0, 4]), np.array([10, 0, 8])) == pytest.approx(0.5)
-    assert accuracy_on(np.array([0, 2, 0]), np.array([5, 0, 4]), np.array([10, 0, 8])) == 0
+    assert (
+        accuracy_on(np.array([0, 2, 0]), np.array([5, 0, 4]), np.array([10, 0, 8]))
+        == "the test data has no sample of its classes"
+    )
     asked = experiment(methods=["heterofl"], rounds=2, partitions=["classes(2)"], evaluation={"tuning_lr": 0.05})
     (run,) = simulate(asked, tmp_path / "out", PROVENANCE)
     found = run.rows[-1]["accuracy"]

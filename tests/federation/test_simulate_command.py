@@ -74,6 +74,19 @@ def test_runs_in_parallel_give_the_bytes_and_figures_of_runs_one_after_the_other
     assert run("simulate", toml, "-o", tmp_path / "x", "--jobs", 2, "--backend", "flower").code == 2
 
 
+def test_a_simulation_that_trained_nothing_says_so_everywhere_and_fails(tmp_path: Path) -> None:
+    toml, output = write_toml(tmp_path / "e.toml", TOML + "\n[train]\nlr = 1e29\n"), tmp_path / "out"
+    done = run("simulate", toml, "-o", output, "--threads", "1", "--json")
+    assert done.code == 3 and "nothing was trained in any run: no round was merged" in done.stderr
+    for entry in json.loads(done.stdout)["results"]:
+        assert entry["deployed"] is None and set(entry["by_device"]) == {None} and entry["failed"] == 2
+        assert "no round was merged" in entry["missing"]["recalibrated"]
+    report = (output / "report.html").read_text()
+    assert "cahfp: tuned is missing: seed 0: no round was merged" in report and "0.0 ±" not in report
+    again = run("simulate", toml, "-o", output, "--resume", "--threads", "1")
+    assert again.code == 3 and "heterofl: global is missing" in again.stdout and "warning" not in again.stderr.lower()
+
+
 def test_natural_users_come_by_column(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x, y = random.random((80, 1, 8, 8), np.float32), np.arange(80) % 2

@@ -15,7 +15,7 @@ from cahfp_cli.federation.experiment import Experiment, read_experiment
 from cahfp_cli.federation.flower.client import make_client_app
 from cahfp_cli.federation.flower.server import FlowerClients
 from cahfp_cli.federation.run import Row
-from cahfp_cli.federation.simulation import EXPERIMENT, simulate
+from cahfp_cli.federation.simulation import EXPERIMENT, check_merged, simulate
 from cahfp_cli.provenance import provenance
 from cahfp_cli.training.device import use_threads
 
@@ -46,7 +46,7 @@ def serve(grid: Grid, context: Context) -> None:
     fleet = FlowerClients(grid, float(config["deadline"]), float(config["joining"]))
     resume, source = bool(config["resume"]), provenance("federate", {}, [path])
     asked = described(read_experiment(path), fleet, output if resume else None)
-    simulate(asked, output, source, resume=resume, fleet=fleet, on_round=committed)
+    check_merged(simulate(asked, output, source, resume=resume, fleet=fleet, on_round=committed))
 
 
 def described(asked: Experiment, fleet: FlowerClients, output: Path | None) -> Experiment:

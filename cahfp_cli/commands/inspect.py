@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.errors import InputError, UsageError, first_line
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
@@ -260,10 +260,13 @@ def describe_onnx(path: Path) -> Json:
     try:
         model = onnx.load(str(path), load_external_data=False)
         onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise InputError(
-            f"{path}: not a valid ONNX file: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        return {"kind": "ONNX", "file": str(path), "bytes": path.stat().st_size, **described(model)}
+    except (DecodeError, UnicodeDecodeError, onnx.checker.ValidationError) as error:  # text is decoded where it is read
+        raise InputError(f"{path}: not a valid ONNX file: {first_line(error)}") from None
+
+
+def described(model: Any) -> Json:
+    """What an ONNX model says of itself."""
     operators: dict[str, int] = {}
     for node in model.graph.node:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
@@ -272,9 +275,6 @@ def describe_onnx(path: Path) -> Json:
         return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
     return {
-        "kind": "ONNX",
-        "file": str(path),
-        "bytes": path.stat().st_size,
         "inputs": {value.name: shape(value) for value in model.graph.input},
         "outputs": {value.name: shape(value) for value in model.graph.output},
         "opset": max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0),

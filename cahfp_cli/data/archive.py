@@ -5,6 +5,7 @@ A file of someone else's: no header is believed before the archive's own figures
 
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ stand."""
 Array = np.ndarray[Any, np.dtype[Any]]
 DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-    *(ValueError, SyntaxError, TypeError, OverflowError, MemoryError),
+    *(ValueError, SyntaxError, tokenize.TokenError, TypeError, OverflowError, MemoryError),
     *(NotImplementedError, RuntimeError),  # packed in a way that zipfile does not know, or under a password
 )
 

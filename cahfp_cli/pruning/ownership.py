@@ -43,5 +43,5 @@ def onnx_metadata_keys(path: Path) -> list[str]:
 
     try:
         return [entry.key for entry in onnx.load(str(path), load_external_data=False).metadata_props]
-    except (DecodeError, OSError):
+    except (DecodeError, UnicodeDecodeError, OSError):  # text is decoded where it is read
         return []

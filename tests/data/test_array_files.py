@@ -144,6 +144,14 @@ def test_npz_whose_header_promises_more_than_it_holds_is_refused(tmp_path: Path)
         load_data(f"npz:{tmp_path / 'lie.npz'}")
 
 
+@pytest.mark.parametrize("header", [b"{'descr': '<f4", b"(" * 20, b'{\'descr\': """', b"\x00 \n \t x("])
+def test_npz_whose_header_is_no_python_literal_is_refused(header: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    with pytest.raises(InputError, match="not an npz archive"):
+        load_data(f"npz:{tmp_path / 'odd.npz'}")
+
+
 def save_image(path: Path, size: tuple[int, int] = (9, 8), mode: str = "L", value: int = 51) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value, 0, 255)).save(path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SUBMODEL_FILES, Clients, Fleet, run_well
+from tests.conftest import SUBMODEL_FILES, Clients, Fleet, run, run_well
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "stm32h743.toml"
 KINDS = {
@@ -69,3 +69,12 @@ def test_the_figures_are_those_of_the_files(paths: dict[str, Path], fleet: Fleet
     assert submodel["submodel.safetensors"]["elements"] == submodel["index_map.safetensors"]["elements"]["kept"]
     assert submodel["index_map.safetensors"]["elements"]["of"] == told["global"]["elements"]
     assert submodel["model.onnx"]["inputs"] == {"input": ["batch", 1, 8, 8]}
+
+
+def test_an_onnx_file_whose_text_is_no_text_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    content = (fleet.submodels["stm32h743"] / "model.onnx").read_bytes()
+    assert b"Conv" in content
+    (tmp_path / "model.onnx").write_bytes(content.replace(b"Conv", b"Con\xff"))
+    done = run("inspect", tmp_path / "model.onnx")
+    assert done.code == 3
+    assert "not a valid ONNX file" in done.stderr

@@ -60,7 +60,7 @@ from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.models.vgg import vgg11
 from cahfp_cli.output import table
 from cahfp_cli.pruning.files import INDEX_MAP, TENSORS

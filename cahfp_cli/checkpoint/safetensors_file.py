@@ -222,6 +222,24 @@ def open_safetensors(path: Path, max_bytes: int | None = None, max_header: int =
     return SafetensorsFile(path, handle, _identity(status), tensors, metadata)
 
 
+def is_pytorch(path: Path) -> bool:
+    """Whether a file is a zip archive or a pickle, as `torch.save` writes, whatever its name."""
+    if not path.is_file():
+        return False
+    handle, _ = _open(path)
+    try:
+        start = bytearray(LENGTH_BYTES + 1)
+        return _read_into(handle, memoryview(start), 0) and _is_pickle(start)
+    finally:
+        os.close(handle)
+
+
+def _is_pickle(start: bytearray) -> bool:
+    # A safetensors header of 640 bytes starts with the same two bytes as a pickle of protocol 2.
+    is_header = start[LENGTH_BYTES:] == b"{" and int.from_bytes(start[:LENGTH_BYTES], "little") <= MAX_HEADER_BYTES
+    return not is_header and (start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] <= 5))
+
+
 def _open(path: Path) -> tuple[int, os.stat_result]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not make us wait
@@ -269,8 +287,7 @@ def _header(path: Path, handle: int, size: int, most: int) -> tuple[dict[str, Te
         raise InputError(f"{path}: it became shorter while it was read; run again on a file at rest.")
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if start[LENGTH_BYTES:] != b"{" or length > MAX_HEADER_BYTES:
-        # Only now: a safetensors header of 640 bytes starts with the same two bytes as a pickle of protocol 2.
-        if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] <= 5):
+        if _is_pickle(start):
             raise InputError(f"{path}: it {_NO_PICKLES}.")
         raise InputError(f"{path}: it is not a safetensors file (pickles and other formats are not read here).")
     if length > size - LENGTH_BYTES:

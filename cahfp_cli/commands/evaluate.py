@@ -20,6 +20,7 @@ def evaluate(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     batch_size: options.BatchSize = 256,
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Time single samples on this machine.")
@@ -54,7 +55,9 @@ def evaluate(
         size = network.stat().st_size
     else:
         where = pick_device(device)
-        opened = open_network(network, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype)
+        opened = open_network(
+            network, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype, key, warn=console.warn
+        )
         check_data(dataset, opened)
         metrics = evaluation.evaluate(opened.model, dataset, batch_size, where)
         dtype = torch_type(opened.input_dtype)

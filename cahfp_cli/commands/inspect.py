@@ -42,6 +42,7 @@ def inspect(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", help="Of scores: draw the significance per layer (.png, .svg or .pdf)."),
@@ -55,12 +56,12 @@ def inspect(
 ) -> None:
     """Show what a file holds and how it came to be."""
     network = {"--model": model, "--model-arg": model_arg, "--input-shape": input_shape, "--input-dtype": input_dtype}
-    check_needed_by("--groups", groups, {**network, "--classes": classes})
+    check_needed_by("--groups", groups, {**network, "--classes": classes, "--key": key})
     check_needed_by("--plot", plot is not None, {"--submodel": submodel, "--force": force})
     if groups and plot is not None:
         raise UsageError("--plot draws scores: it does not go with --groups.")
     if groups:
-        result = describe_groups(file, model, model_arg, input_shape, input_dtype, classes)
+        result = describe_groups(file, model, model_arg, input_shape, input_dtype, classes, key)
         Console(json).result(human_groups(result), result)
         return
     result = describe(file) if plot is None else draw(file, plot, submodel, force)
@@ -106,6 +107,7 @@ def describe_groups(
     input_shape: str | None,
     input_dtype: str | None,
     classes: int | None,
+    key: str | None,
 ) -> Json:
     """The channel groups of a network."""
     from dataclasses import asdict
@@ -115,7 +117,7 @@ def describe_groups(
     from cahfp_cli.coupling.coverage import coverage
     from cahfp_cli.models.inputs import torch_type
 
-    network = open_network(file, model, model_arg, input_shape, input_dtype, classes)
+    network = open_network(file, model, model_arg, input_shape, input_dtype, classes, key=key, warn=Console().warn)
     analysis = analyse(network.model, network.input_shape, torch_type(network.input_dtype))
     found = coverage(network.model, analysis)
     return {

@@ -1,6 +1,6 @@
 """What several commands do with a network named on the command line: open, describe and time it, record its spec."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +64,14 @@ def open_network(
     input_dtype: str | None = None,
     classes: int | None = None,
     dtype_of_data: "InputDtype | None" = None,
+    key: str | None = None,
+    *,
+    warn: Callable[[str], None],
 ) -> Network:
     """Build the network of a checkpoint, which may be in shards, or of a submodel folder.
 
     Args: dtype_of_data: of the samples at hand, which counts where neither `input_dtype` nor the file says anything.
+        key: see `open_weights`. warn: told what of the file was not taken, or will not be kept.
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
     from cahfp_cli.coupling.adapters import adapt
@@ -77,7 +81,7 @@ def open_network(
     from cahfp_cli.pruning.submodel import load_submodel
 
     if is_submodel_folder(path):
-        if model_arg or input_shape or input_dtype or classes:
+        if model_arg or input_shape or input_dtype or classes or key:
             raise UsageError(
                 f"{path} is a submodel folder, which records its model arguments, classes, and the shape and type of "
                 "its input."
@@ -103,7 +107,10 @@ def open_network(
         input_dtype=parse_dtype(input_dtype),
         dtype_of_data=dtype_of_data,
         classes=classes,
+        key=key,
     )
+    for remark in checkpoint.remarks:
+        warn(remark)
     return Network(
         model=adapt(checkpoint.model),
         spec=checkpoint.spec,

@@ -48,6 +48,14 @@ InputDtype = Annotated[
         help="float32, or int64 for tokens; recorded in our checkpoints, else that of the data, else float32.",
     ),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        help="Of a checkpoint with several networks in it: the entry to take (state_dict, ema, ...), or what the names "
+        "of its tensors start with.",
+    ),
+]
 Classes = Annotated[
     int | None, typer.Option("--classes", min=1, help="Number of outputs; recorded in our checkpoints.")
 ]

@@ -82,6 +82,7 @@ def predict(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     json: options.Json = False,
 ) -> None:
     """Predict latency, memory and storage of a network on a device, operator by operator; an ONNX file in fp32."""
@@ -96,7 +97,7 @@ def predict(
     from cahfp_cli.models.inputs import torch_type
 
     device = load_profile(profile)
-    network, shape, dtype = _network(model, spec, model_arg, input_shape, input_dtype, classes)
+    network, shape, dtype = _network(model, spec, model_arg, input_shape, input_dtype, classes, key)
     itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
     workload = make_workload(analyse(network, shape, torch_type(dtype)), itemsizes)
     compiled = compile_workload(workload, device)
@@ -228,6 +229,7 @@ def _network(
     input_shape: str | None,
     input_dtype: str | None,
     classes: int | None,
+    key: str | None,
 ) -> tuple[nn.Module, tuple[int, ...], InputDtype]:
     """The network that MODEL names, with the shape and type of a sample: a path that exists, or a spec built with
     `--input-shape`, `--input-dtype` and `--classes`."""
@@ -242,7 +244,7 @@ def _network(
             path = path.parent
             if not (path / TENSORS).is_file():
                 raise UsageError(f"{model}: no {TENSORS} beside it; give the checkpoint that it was made from.")
-        network = open_network(path, spec, model_arg, input_shape, input_dtype, classes)
+        network = open_network(path, spec, model_arg, input_shape, input_dtype, classes, key=key, warn=Console().warn)
         return network.model, network.input_shape, network.input_dtype
     shape = parse_shape(input_shape)
     if shape is None:

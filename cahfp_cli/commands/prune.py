@@ -104,6 +104,7 @@ def prune(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
     dtype: Annotated[
         list[str] | None,
@@ -150,7 +151,7 @@ def prune(
     from cahfp_cli.coupling.analysis import cut
     from cahfp_cli.coupling.masking import check_submodel
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.models.checkpoint_io import to_array
+    from cahfp_cli.models.tensors import check_can_be_saved, to_array
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
@@ -165,7 +166,10 @@ def prune(
     dataset = load_data(data, data_root=data_root, default_split="test") if data is not None else None
     found = load_data(calibration, data_root=data_root) if calibration is not None else None
     of_input = scored.metadata.input_dtype if scored is not None else found.input_dtype if found is not None else None
-    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, of_input)
+    network = open_network(
+        checkpoint, model, model_arg, input_shape, input_dtype, classes, of_input, key, warn=console.warn
+    )
+    check_can_be_saved(network.model)
     for given_data in (dataset, found):
         if given_data is not None:
             check_data(given_data, network)

@@ -48,6 +48,7 @@ def score(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -91,7 +92,9 @@ def score(
     where = pick_device(device)
     dataset = load_data(data, data_root=data_root) if chosen.needs != "weights" else None
     of_data = None if dataset is None else dataset.input_dtype
-    network = open_network(checkpoint, model, model_arg, input_shape, input_dtype, classes, of_data)
+    network = open_network(
+        checkpoint, model, model_arg, input_shape, input_dtype, classes, of_data, key, warn=console.warn
+    )
     calibration, others = None, None
     if dataset is not None:
         check_data(dataset, network)

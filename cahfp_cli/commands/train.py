@@ -37,6 +37,7 @@ def train(
     input_shape: options.InputShape = None,
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
+    key: options.Key = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimiser steps instead.")] = None,
     batch_size: options.BatchSize = 64,
@@ -85,6 +86,7 @@ def train(
     dataset = load_data(data, data_root=data_root)
     tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
 
+    from cahfp_cli.models.tensors import check_can_be_saved
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.training.curvature import measure_curvature
     from cahfp_cli.training.device import pick_device, use_threads
@@ -108,7 +110,8 @@ def train(
     check_options(how)
     use_threads(threads)
     where = pick_device(device)
-    network = start(source, dataset, model, model_arg, input_shape, input_dtype, classes, seed)
+    network = start(source, dataset, model, model_arg, input_shape, input_dtype, classes, key, seed, console)
+    check_can_be_saved(network.model)
     for each in (dataset, tests):
         if each is not None:
             check_data(each, network)
@@ -170,15 +173,20 @@ def start(
     input_shape: str | None,
     input_dtype: str | None,
     classes: int | None,
+    key: str | None,
     seed: int,
+    console: Console,
 ) -> "Network":
     """The network to train: the given one, or a new one that fits the data."""
     from cahfp_cli.checkpoint.metadata import ModelSpec
     from cahfp_cli.commands.networks import Network, open_network, parse_dtype, parse_shape
+    from cahfp_cli.models.checkpoint_io import unsaved_remarks
     from cahfp_cli.models.spec import build, parse_model_args
 
     if source is not None:
-        return open_network(source, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype)
+        return open_network(
+            source, model, model_arg, input_shape, input_dtype, classes, dataset.input_dtype, key, warn=console.warn
+        )
     if model is None:
         raise UsageError(
             "pass a CHECKPOINT to go on from, or --model SPEC to train from scratch, e.g. --model resnet20"
@@ -187,7 +195,10 @@ def start(
     shape = parse_shape(input_shape) or dataset.input_shape
     dtype = parse_dtype(input_dtype) or dataset.input_dtype
     outputs = classes or dataset.classes
-    return Network(build(spec, shape, outputs, seed), spec, shape, dtype, outputs, "", (), {}, None)
+    network = build(spec, shape, outputs, seed)
+    for remark in unsaved_remarks(network):
+        console.warn(remark)
+    return Network(network, spec, shape, dtype, outputs, "", (), {}, None)
 
 
 def describe(

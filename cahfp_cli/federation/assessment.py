@@ -28,7 +28,7 @@ from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.rounds import learning_rate, load_global, situation_of, train_options
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
+from cahfp_cli.models.tensors import state_arrays, to_tensor
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap
 from cahfp_cli.significance.measure import subset
 from cahfp_cli.training.evaluation import evaluate, hits_by_class

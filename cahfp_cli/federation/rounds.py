@@ -30,7 +30,8 @@ from cahfp_cli.federation.scoring import SIZED, level, nested, renewed
 from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.models.checkpoint_io import check_tensors, to_tensor
+from cahfp_cli.models.checkpoint_io import check_tensors
+from cahfp_cli.models.tensors import to_tensor
 from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.reconstruction.clients import Client

@@ -27,6 +27,7 @@ from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import load_checkpoint, save_checkpoint
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.spec import build
+from cahfp_cli.models.tensors import check_can_be_saved
 from cahfp_cli.reconstruction.rules import RULES
 from cahfp_cli.significance.measure import take
 from cahfp_cli.training.sgd import TrainOptions, train
@@ -135,6 +136,7 @@ def _common(
         dataset and replace(dataset, classes=classes) for dataset in (trained, tested, public)
     )
     network = adapt(build(experiment.model, input_shape, classes))
+    check_can_be_saved(network)
     samples = torch.from_numpy(there[0].x[:SAMPLES]) if len(there[0]) >= SAMPLES else None
     analysis = analyse(network, input_shape, torch_type(input_dtype), samples)
     if analysis.groups.count == 0:

@@ -11,6 +11,7 @@ from cahfp_cli.checkpoint.metadata import ModelSpec, Scalar
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.factories import call, nearest, run_factory, user_code
 from cahfp_cli.models import resnet, vgg
+from cahfp_cli.models.lazy import complete_lazy_layers
 from cahfp_cli.models.libraries import LIBRARIES, build_from_library
 from cahfp_cli.models.random_streams import random_streams
 
@@ -35,10 +36,13 @@ def is_code(spec: str) -> bool:
 def resolve_spec(given: str | None, args: Mapping[str, Scalar], recorded: ModelSpec | None, path: Path) -> ModelSpec:
     """The model to build for a checkpoint: what the user gave, else what the file records if that runs no code.
 
+    Of the recorded model, or another of the same name where code has moved, the recorded arguments hold unless `args`
+    gives others.
     Raises: UsageError: neither is there, or the file names code to run (a file must never choose that).
     """
     if given is not None:
-        return ModelSpec(spec=given, args=dict(args))
+        same = recorded is not None and same_model(given, recorded.spec)
+        return ModelSpec(spec=given, args={**(recorded.args if recorded is not None and same else {}), **args})
     if args:
         raise UsageError("--model-arg needs --model: the arguments of a recorded model are recorded with it.")
     if recorded is None:
@@ -50,6 +54,13 @@ def resolve_spec(given: str | None, args: Mapping[str, Scalar], recorded: ModelS
             + (f", with {model_arg_options(recorded.args)}." if recorded.args else ".")
         )
     return recorded
+
+
+def same_model(given: str, recorded: str) -> bool:
+    """Whether two specs name the same model; of code, whose files and packages move, the same factory."""
+    if is_code(given) and is_code(recorded):
+        return given.rpartition(":")[2] == recorded.rpartition(":")[2]
+    return given == recorded
 
 
 def model_arg_options(args: Mapping[str, Scalar]) -> str:
@@ -66,15 +77,21 @@ def build(spec: ModelSpec, input_shape: tuple[int, ...], classes: int | None, se
         input_shape: one sample's shape, for images (channels, height, width).
         classes: number of outputs; None only for a factory that does not need it.
     Raises: UsageError: no such model, a missing library, or arguments that do not match; InputError: the factory
-        raises, or gives no nn.Module.
+        raises, or gives no nn.Module, or one with lazy layers that does not run on such a sample.
     """
+    with random_streams(seed):
+        return construct(spec, input_shape, classes)
+
+
+def construct(spec: ModelSpec, input_shape: tuple[int, ...], classes: int | None) -> nn.Module:
+    """As `build`, with the random streams as they are."""
     for name, option in OWN_OPTIONS.items():
         if name in spec.args:
             raise UsageError(f"--model-arg {name}=...: use {option} instead.")
-    with random_streams(seed):
-        model = make(spec, tuple(input_shape), classes)
+    model = make(spec, tuple(input_shape), classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec.spec!r} returned a {type(model).__name__}, not a torch.nn.Module.")
+    complete_lazy_layers(model, tuple(input_shape))
     return model
 
 

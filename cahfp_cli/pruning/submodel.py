@@ -1,5 +1,6 @@
 """Submodels: cutting one out of a network, and building one again from its folder."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.adapters import adapt
 from cahfp_cli.coupling.calls import SIZES
-from cahfp_cli.coupling.copying import tensors_of
+from cahfp_cli.coupling.copying import copy_with, tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.meta_run import Subject, forward
 from cahfp_cli.coupling.operator_log import OperatorLog
@@ -27,9 +28,11 @@ from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
-from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, state_arrays, to_tensor
+from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, put_in, read_tensors
 from cahfp_cli.models.inputs import torch_type
-from cahfp_cli.models.spec import build, resolve_spec
+from cahfp_cli.models.skeleton import outline, skeleton, unsaved_bytes
+from cahfp_cli.models.spec import resolve_spec
+from cahfp_cli.models.tensors import state_arrays, to_tensor
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
@@ -37,6 +40,8 @@ from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, 
 from cahfp_cli.pruning.ownership import foreign_in_submodel
 from cahfp_cli.pruning.report import write_report
 
+LEAST_UNSAVED = 1 << 30
+"""Bytes of buffers that any network may make."""
 M = TypeVar("M", bound=nn.Module)
 Mask = NDArray[np.bool_]
 
@@ -73,8 +78,10 @@ def make_index_map(
     return IndexMap(
         checkpoint,
         {
-            name: TensorMap(array.shape, dtype_code(array.dtype), indices[name], factors.get(name, ()))
-            for name, array in arrays.items()
+            name: TensorMap(
+                array.shape, dtype_code(array.dtype), indices.get(name, whole(array)), factors.get(name, ())
+            )
+            for name, array in arrays.items()  # state that is neither parameter nor buffer stays whole
         },
         {
             name: BufferMap(tuple(len(labels) for labels in axes), indices[name])
@@ -82,6 +89,11 @@ def make_index_map(
         },
         rewrites,
     )
+
+
+def whole(array: Array) -> tuple[None, ...]:
+    """The axes of a tensor that loses nothing."""
+    return (None,) * array.ndim
 
 
 def gather_all(arrays: Mapping[str, Array], index_map: IndexMap) -> dict[str, Array]:
@@ -191,22 +203,30 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     index_map = read_index_map(folder / INDEX_MAP)
     with open_safetensors(folder / TENSORS) as file:
         metadata = read_metadata(file, SubmodelMetadata)
-        tensors = {name: to_tensor(file.read(name)) for name in file.tensors}
+        tensors = read_tensors(file)
     if metadata.checkpoint != index_map.checkpoint:
         raise InputError(
             f"{folder}: {TENSORS} and {INDEX_MAP} belong to different checkpoints; run `cahfp prune` again."
         )
     spec = resolve_spec(model, {} if model is None else metadata.model.args, metadata.model, folder / TENSORS)
-    network = adapt(build(spec, metadata.input_shape, metadata.classes))
+    # The spec, its arguments and the map come from files: nothing is allocated for them before they fit each other, and
+    # then for the parameters that the device keeps.
+    bare = outline(spec, metadata.input_shape, metadata.classes)
+    if bare is not None:
+        check_map_fits(folder / INDEX_MAP, index_map, bare)
+        check_unsaved(folder / INDEX_MAP, index_map, bare)
+    network = adapt(skeleton(spec, metadata.input_shape, metadata.classes))
     check_map_fits(folder / INDEX_MAP, index_map, network)
-    buffers = {name: entry.axes for name, entry in index_map.buffers.items()}
-    compact = slice_module(network, {name: entry.axes for name, entry in index_map.tensors.items()} | buffers)
+    own = tensors_of(network)
+    entries: dict[str, TensorMap | BufferMap] = {**index_map.tensors, **index_map.buffers}
+    compact = slice_module(network, {name: entry.axes for name, entry in entries.items() if name in own})
+    check_tensors(folder / TENSORS, tensors, compact)
+    check_finite(folder / TENSORS, tensors, compact)
+    compact = copy_with(compact, lambda _, tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    put_in(folder / TENSORS, tensors, compact)
     dtype = torch_type(metadata.input_dtype)
     subject = Subject(network, metadata.input_shape, dtype, False, torch.get_default_dtype())
     install_checked(folder / INDEX_MAP, compact, subject, index_map.rewrites)
-    check_tensors(folder / TENSORS, tensors, compact)
-    check_finite(folder / TENSORS, tensors)
-    compact.load_state_dict(tensors, strict=False)
     return LoadedSubmodel(compact.eval(), tensors, metadata, index_map, folder)
 
 
@@ -267,6 +287,16 @@ def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:
             raise InputError(
                 f"{path}: {name!r} has shape {mapped_shape} in the map and {shape} in the network: check --model."
             )
+
+
+def check_unsaved(path: Path, index_map: IndexMap, network: nn.Module) -> None:
+    """Raises: InputError: the network, of meta tensors, makes buffers that no file holds out of all proportion."""
+    stored = sum(
+        math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in index_map.tensors.values() if entry.shape
+    )
+    size = unsaved_bytes(network)
+    if size > max(stored, LEAST_UNSAVED):
+        raise InputError(f"{path}: the network that it names makes {size} bytes of buffers, which no file holds.")
 
 
 def onnx_metadata(metadata: SubmodelMetadata) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.significance.registry import SHRINK, Criterion, Evidence
 from cahfp_cli.significance.statistics import Floats, GateStatistics, gate_statistics
 

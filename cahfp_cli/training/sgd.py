@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset, Labels, Samples
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.models.tensors import is_constant, is_finite, saved_state
 from cahfp_cli.training import augment
 from cahfp_cli.training.device import repeatable
 from cahfp_cli.training.logits import class_logits
@@ -87,6 +88,7 @@ def train(
     epochs = math.ceil(total / per_epoch)
     started = time.perf_counter()
     results: list[Epoch] = []
+    constants = infinite_constants(model)
     with repeatable(options.seed, device):
         model.to(device).train()
         run = start(model, dataset, options, device, total)
@@ -96,7 +98,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(epoch + 1, epochs, results[-1])
     model.eval()
-    check_finite(model, options)
+    check_finite(model, options, constants)
     return TrainReport(tuple(results), time.perf_counter() - started, total)
 
 
@@ -196,8 +198,18 @@ def check_options(options: TrainOptions) -> None:
             raise UsageError(f"--{rule}.")
 
 
-def check_finite(model: nn.Module, options: TrainOptions) -> None:
-    """Raises: InputError: the last step left NaN or Inf in the model's state."""
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+def infinite_constants(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is not trained and not finite from the start, such as a mask of minus infinity; copies, by name."""
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in saved_state(model).items()
+        if not tensor.requires_grad and not is_finite(tensor).all()
+    }
+
+
+def check_finite(model: nn.Module, options: TrainOptions, constants: Mapping[str, torch.Tensor]) -> None:
+    """Raises: InputError: training left NaN or Inf in the model's state where none of its `constants` has it."""
+    for name, tensor in saved_state(model).items():
+        constant = constants.get(name)
+        if not is_finite(tensor).all() and (constant is None or not is_constant(tensor.cpu(), constant.cpu())):
             raise InputError(f"training left NaN or Inf in {name!r}. Try a smaller --lr than {options.lr:g}.")

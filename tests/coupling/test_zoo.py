@@ -11,8 +11,8 @@ from cahfp_cli.coupling.adapters import adapt
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.coverage import coverage
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.models.outputs import logits_of
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.submodel import gather_all, make_index_map
 from tests.networks import Masks, difference, masked
 

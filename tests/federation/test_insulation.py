@@ -15,7 +15,7 @@ from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.rounds import first_memory
 from cahfp_cli.federation.run import write_first
 from cahfp_cli.federation.setting import Setting, make_setting, prepare, write_start
-from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
+from cahfp_cli.models.tensors import state_arrays, to_tensor
 from tests.federation.small import PROVENANCE, experiment
 
 MODELS = [{"spec": "vgg11", "args": {"width": 0.125}}, {"spec": "resnet20", "args": {"width": 0.5}}]

@@ -196,7 +196,10 @@ def test_a_file_may_name_our_networks_but_no_code_to_run(tmp_path: Path) -> None
     ours, theirs = spec("resnet20", width=0.5), spec("evil.py:net", depth=3)
     assert resolve_spec(None, {}, ours, path) == ours
     assert resolve_spec("vgg11", {"width": 2}, ours, path) == spec("vgg11", width=2)
-    assert resolve_spec("evil.py:net", {}, theirs, path) == spec("evil.py:net")
+    assert resolve_spec("evil.py:net", {}, theirs, path) == spec("evil.py:net", depth=3)
+    assert resolve_spec("moved/evil.py:net", {"depth": 4}, theirs, path) == spec("moved/evil.py:net", depth=4)
+    assert resolve_spec("evil.py:other", {}, theirs, path) == spec("evil.py:other")
+    assert resolve_spec("resnet20", {}, ours, path) == ours
     with pytest.raises(UsageError, match=r"pass --model 'evil\.py:net' yourself, with --model-arg 'depth=3'"):
         resolve_spec(None, {}, theirs, path)
     with pytest.raises(UsageError, match="records no model: pass --model"):

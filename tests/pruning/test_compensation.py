@@ -11,7 +11,7 @@ from torch import nn
 
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.groups import KEPT
-from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.compensation import (
     GREATEST_GATE,
     LARGEST_CHANGE,

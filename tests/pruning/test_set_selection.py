@@ -20,8 +20,8 @@ from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.quantities import Count, Share
 from cahfp_cli.device.workload import make_workload
 from cahfp_cli.errors import BudgetError, InputError
-from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.models.spec import build
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning import set_selection
 from cahfp_cli.pruning.budget import Budget, Limits, values_of
 from cahfp_cli.pruning.compensation import GREATEST_GATE, LEAST_GATE, compensated, foldable

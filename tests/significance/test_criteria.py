@@ -18,7 +18,7 @@ from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.significance.criteria import obd
 from cahfp_cli.significance.measure import Measuring, measure, subset
 from cahfp_cli.significance.registry import CRITERIA, Evidence, find_criterion

@@ -17,8 +17,8 @@ from cahfp_cli.checkpoint.metadata import ModelSpec
 from cahfp_cli.data.dataset import Dataset, make_dataset
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.models.spec import build
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.training.augment import shifted
 from cahfp_cli.training.device import pick_device, repeatable, use_threads
 from cahfp_cli.training.evaluation import evaluate, evaluate_onnx

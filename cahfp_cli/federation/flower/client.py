@@ -43,7 +43,7 @@ from cahfp_cli.federation.flower.protocol import (
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.rounds import index_map_of, make_task
 from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare_client
-from cahfp_cli.models.checkpoint_io import state_arrays, to_tensor
+from cahfp_cli.models.tensors import state_arrays, to_tensor
 from cahfp_cli.training.device import use_threads
 
 CLIENT_KEYS = ("client", "partition-id")

@@ -39,7 +39,7 @@ from cahfp_cli.federation.flower.protocol import (
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.memory import Floats, Mask
 from cahfp_cli.federation.setting import Setting
-from cahfp_cli.models.checkpoint_io import state_arrays
+from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.submodel import trained_arrays
 
 LOG = logging.getLogger("flwr")

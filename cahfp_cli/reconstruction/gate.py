@@ -2,8 +2,9 @@
 client out changes nothing for the others."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,16 @@ from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
 from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, Indices, check_against, last_name, listed, read_index_map, selector
+from cahfp_cli.pruning.index_map import (
+    IndexMap,
+    Indices,
+    check_against,
+    is_statistic,
+    last_name,
+    listed,
+    read_index_map,
+    selector,
+)
 
 MEAN, VARIANCE, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 17, 2048
@@ -38,13 +48,19 @@ class Upload:
     sha256: dict[str, str]
 
 
-def check_block(path: Path, info: TensorInfo, block: Array) -> None:
-    """Raises: InputError: rows of a float tensor hold NaN, infinity, or as a running variance a negative number."""
+def check_block(path: Path, info: TensorInfo, block: Array, sent: Callable[[], Array] | None = None) -> None:
+    """Of the global checkpoint's rows, or with `sent` of an upload's, for which that gives what was sent out.
+
+    Raises: InputError: rows of a float tensor hold NaN, infinity, or as a running variance a negative number. Constants
+        may be infinite, such as the mask of an attention: what is so in the global checkpoint and comes back as it was.
+    """
     if info.dtype not in FLOATS:
         return
     with np.errstate(invalid="ignore"):  # of a signalling NaN in bfloat16
-        is_finite = bool(np.isfinite(block).all())
-    if not is_finite:
+        is_sound = np.isfinite(block)
+        if not is_sound.all() and not is_statistic(info.name):
+            is_sound |= ~np.isnan(block) if sent is None else block == sent()
+    if not is_sound.all():
         raise InputError(
             f"{path}: tensor {shown(info.name)} holds NaN or infinite numbers; "
             "train it again (a smaller learning rate may help) or leave this file out."
@@ -102,7 +118,7 @@ def checked_numbers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> s
     Raises: InputError: numbers that are not finite, variances that are negative or could not be pooled, counters of
         batches that count none.
     """
-    sha256 = _check_contents(file)
+    sha256 = _check_contents(file, index_map, checkpoint)
     check_integers(file, index_map, checkpoint)
     check_statistics(file, index_map, checkpoint)
     return sha256
@@ -166,14 +182,20 @@ def _check_tensors(file: SafetensorsFile, index_map: IndexMap) -> None:
             )
 
 
-def _check_contents(file: Stored) -> str:
+def _check_contents(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> str:
     """Check all numbers, and return the sha256 of the file's bytes: one pass serves both."""
+
+    def sent(name: str, first: int, last: int) -> Array:
+        info = checkpoint.tensors[name]
+        own = checkpoint.read_rows(name, 0, info.rows)[selector(index_map.tensors[name].axes, info.shape)]
+        return own[first:last] if own.ndim else own
+
     digest = hashlib.sha256(file.read_header())
     for info in sorted(file.tensors.values(), key=lambda info: info.start):
         for first, last in row_blocks(info):
             block = file.read_rows(info.name, first, last)
             digest.update(raw_bytes(block))
-            check_block(file.path, info, block)
+            check_block(file.path, info, block, partial(sent, info.name, first, last))
     return digest.hexdigest()
 
 

@@ -72,7 +72,9 @@ def merged_blocks(info: TensorInfo, this: Round, holders: Holders | None = None)
             return this.checkpoint.read_rows(info.name, *rows)  # what all clients sent back, as the gate has seen to
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             values = _stepped(block, _merged_floats(block, holding, this), this).astype(DTYPES[info.dtype])
-        if not np.isfinite(values).all():
+        previous = this.checkpoint.read_rows(info.name, *rows)
+        values = with_constants(values, previous)
+        if not np.isfinite(values[np.isfinite(previous)]).all():
             raise InputError(
                 f"{this.checkpoint.path}: the merged tensor {shown(info.name)} has numbers too large for {info.dtype}; "
                 "keep the checkpoint in a wider dtype."
@@ -80,6 +82,12 @@ def merged_blocks(info: TensorInfo, this: Round, holders: Holders | None = None)
         return values
 
     yield from in_order(merged, row_blocks(info, _block_bytes(info, this)), this.threads)
+
+
+def with_constants(merged: Array, previous: Array) -> Array:
+    """The merged numbers, but what is infinite in the global checkpoint stays: nobody changed it, as the gate has seen
+    to, and no average of infinities is a number."""
+    return np.where(np.isfinite(previous), merged, previous.astype(merged.dtype))
 
 
 def _merged_floats(block: Block, holders: Holders, this: Round) -> Floats:
@@ -116,7 +124,9 @@ def wide_blocks(info: TensorInfo, this: Round) -> Iterator[Array]:
     holders = Holders(info.name, info.shape, this.clients)
 
     def merged(rows: tuple[int, int]) -> Array:
-        return np.ascontiguousarray(_merged_floats(Block(info.name, info.shape, *rows), holders, this))
+        with np.errstate(invalid="ignore"):
+            values = _merged_floats(Block(info.name, info.shape, *rows), holders, this)
+        return np.ascontiguousarray(with_constants(values, this.checkpoint.read_rows(info.name, *rows)))
 
     yield from in_order(merged, row_blocks(info), this.threads)
 

@@ -75,10 +75,10 @@ def measured(clients: Sequence[Client], checkpoint: Tensors) -> list[Update | In
         for first, last in row_blocks(info) if info.dtype in FLOATS else ():
             previous = checkpoint.read_rows(info.name, first, last)
             for number, part, after in _all_brought(clients, info, (first, last), previous, checkpoint.path, faults):
-                before = previous[part.places].astype(np.float64)
+                before, after = (finite(values) for values in (previous[part.places], after))
                 moved, started = squares[number][is_statistic(info.name)]
                 with np.errstate(over="ignore"):  # refused below
-                    moved.add((after.astype(np.float64) - before) ** 2)
+                    moved.add((after - before) ** 2)
                     started.add(before**2)
     updates: list[Update | InputError] = []
     for number, (client, own) in enumerate(zip(clients, squares, strict=True)):
@@ -88,6 +88,11 @@ def measured(clients: Sequence[Client], checkpoint: Tensors) -> list[Update | In
             faults.setdefault(number, InputError(too_large))
         updates.append(faults.get(number, update))
     return updates
+
+
+def finite(values: Array) -> Floats:
+    """Float64, with constants that are infinite as zero: they do not move."""
+    return np.where(np.isfinite(values), values, 0).astype(np.float64)
 
 
 def faults_of_factors(clients: Sequence[Client], checkpoint: Tensors) -> list[InputError | None]:
@@ -186,9 +191,9 @@ def agreements(clients: Sequence[Client], checkpoint: Tensors, merged: Tensors) 
             after = merged.read_rows(info.name, first, last)
             for client, sums in zip(clients, products, strict=True):
                 for part in parts_of(Block(info.name, info.shape, first, last), [client]):
-                    before = previous[part.places].astype(np.float64)
-                    own = brought(part, info.name, previous, checkpoint.path).astype(np.float64) - before
-                    result = after[part.places].astype(np.float64) - before
+                    before = finite(previous[part.places])
+                    own = finite(brought(part, info.name, previous, checkpoint.path)) - before
+                    result = finite(after[part.places]) - before
                     for total, product in zip(sums, (own * result, own**2, result**2), strict=True):
                         total.add(product)
     return [_cosine(*sums) for sums in products]

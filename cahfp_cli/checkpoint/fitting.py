@@ -87,16 +87,21 @@ def beginnings(names: Collection[str]) -> list[str]:
 
 def _best(found: list[str], expected: Collection[str], path: Path) -> Renaming:
     """The renaming that gives most expected names; of equally good ones that which changes nothing."""
-    unwrapped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in found}
+    inside = [name for name in found if name.partition(".")[0] in WRAPPERS] or found
+    unwrapped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in inside}
     longest = sorted(expected, key=lambda name: (-len(name), name))  # says most about what stands before it
     renamings: dict[str, Renaming] = {"": dict(zip(found, found, strict=True))}
     for prefix in _prefixes(list(unwrapped.values()), longest):
         renamings[f"{prefix}*"] = {
-            old: name.removeprefix(prefix) if name.startswith(prefix) else None for old, name in unwrapped.items()
+            **dict.fromkeys(found),
+            **{old: name.removeprefix(prefix) for old, name in unwrapped.items() if name.startswith(prefix)},
         }
     lacking = _prefixes(longest, sorted(unwrapped.values(), key=lambda name: (-len(name), name)))
     if len(lacking) == 1 and lacking[0]:
-        renamings[f"+{lacking[0]}"] = {old: lacking[0] + name for old, name in unwrapped.items()}
+        renamings[f"+{lacking[0]}"] = {
+            **dict.fromkeys(found),
+            **{old: lacking[0] + name for old, name in unwrapped.items()},
+        }
     wanted = set(expected)
     hits = {label: _hits(renaming, wanted) for label, renaming in renamings.items()}
     best = [label for label in renamings if hits[label] == max(hits.values())]

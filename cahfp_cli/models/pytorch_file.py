@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def unpickled(path: Path) -> Any:
     damaged = InputError(f"{path}: not a file that torch.save wrote, or a damaged one.")
     try:
         check_archive(path)
-        with torch.serialization.safe_globals(PLAIN_DATA):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # an open file, since torch.load judges paths by their names
+        with torch.serialization.safe_globals(PLAIN_DATA), warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # says in other words what we say below
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|class|global) (\S+) ", str(error))
         if "weights" not in str(error).lower():

@@ -62,7 +62,8 @@ def evaluate(
         metrics = evaluation.evaluate(opened.model, dataset, batch_size, where)
         dtype = torch_type(opened.input_dtype)
         timing = time_network(opened.model, opened.input_shape, where, dtype=dtype) if latency else None
-        size = opened.files[0].stat().st_size
+        weights = opened.files if opened.submodel is None else opened.files[:1]  # all shards; without the index map
+        size = sum(file.stat().st_size for file in weights)
     lines = [
         f"accuracy  {100 * metrics.accuracy:.2f}% ({metrics.samples} samples of {data})",
         f"loss      {metrics.loss:.4f}",

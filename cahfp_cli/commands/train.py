@@ -77,7 +77,7 @@ def train(
     # Slips in what was typed are answered here, before torch is imported and long before training ends.
     if source is not None:
         check_there(source)
-    if curvature is not None and (source is None or not source.is_dir()):
+    if curvature is not None and (source is None or not is_submodel_folder(source)):
         raise UsageError("--curvature goes with a SUBMODEL_DIR: it is what a device says beside its trained submodel.")
     if source is not None and is_submodel_folder(source):
         check_folder_target(output, force, foreign_in_submodel)

@@ -46,13 +46,18 @@ def test_a_round_on_shards_is_that_on_one_file(named: str, shards: Path, fleet: 
         name: array for path in (tmp_path / "merged").glob("*.safetensors") for name, array in load_file(path).items()
     }
     assert found.keys() == whole.keys() and all(found[name].tobytes() == whole[name].tobytes() for name in whole)
-    said = run_well("evaluate", tmp_path / "merged", "--data", "digits@test[0:50]", "--json").json
-    assert (
-        said["accuracy"]
-        == run_well("evaluate", tmp_path / "merged.safetensors", "--data", "digits@test[0:50]", "--json").json[
-            "accuracy"
-        ]
+    sharded, single_file = (
+        run_well("evaluate", tmp_path / name, "--data", "digits@test[0:50]", "--no-latency", "--json").json
+        for name in ("merged", "merged.safetensors")
     )
+    assert sharded["accuracy"] == single_file["accuracy"]
+    assert sharded["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
+    assert single_file["bytes"] == (tmp_path / "merged.safetensors").stat().st_size
+
+
+def test_curvature_of_a_checkpoint_in_shards_is_refused_as_of_any_other(shards: Path, tmp_path: Path) -> None:
+    done = run("train", shards, "--curvature", 8, "--steps", 1, "-o", tmp_path / "out")
+    assert done.code == 2 and "SUBMODEL_DIR" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_damaged_shards_are_named(shards: Path, fleet: Fleet, tmp_path: Path) -> None:

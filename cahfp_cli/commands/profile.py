@@ -95,10 +95,11 @@ def predict(
     from cahfp_cli.device.quantities import format_bytes, format_count, format_seconds
     from cahfp_cli.device.workload import make_workload
     from cahfp_cli.models.inputs import torch_type
+    from cahfp_cli.models.tensors import saved_state
 
     device = load_profile(profile)
     network, shape, dtype = _network(model, spec, model_arg, input_shape, input_dtype, classes, key)
-    itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
+    itemsizes = {name: tensor.element_size() for name, tensor in saved_state(network).items()}
     workload = make_workload(analyse(network, shape, torch_type(dtype)), itemsizes)
     compiled = compile_workload(workload, device)
     widths = np.asarray(workload.full_widths)

@@ -480,10 +480,11 @@ def choose(
     """Select the groups for one device. Raises: BudgetError: the smallest network does not fit; the device is named."""
     from cahfp_cli.device.cost import compile_workload
     from cahfp_cli.device.workload import make_workload
+    from cahfp_cli.models.tensors import saved_state
     from cahfp_cli.pruning.selection import select
     from cahfp_cli.pruning.set_selection import select_from_interactions, select_set
 
-    itemsizes = {name: tensor.element_size() for name, tensor in network.model.state_dict().items()}
+    itemsizes = {name: tensor.element_size() for name, tensor in saved_state(network.model).items()}
     cost = compile_workload(make_workload(analysis, itemsizes), target.profile)
     groups = analysis.groups
     try:

@@ -27,7 +27,7 @@ from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import load_checkpoint, save_checkpoint
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.spec import build
-from cahfp_cli.models.tensors import check_can_be_saved
+from cahfp_cli.models.tensors import check_can_be_saved, saved_state
 from cahfp_cli.reconstruction.rules import RULES
 from cahfp_cli.significance.measure import take
 from cahfp_cli.training.sgd import TrainOptions, train
@@ -144,7 +144,7 @@ def _common(
     # Rounds cut thousands of submodels, in the same way: one of them is compared on numbers.
     kept = probe(analysis.groups, analysis.groups.narrowest, 0.5, np.random.default_rng(experiment.seeds[0]))
     check_submodel(network, analysis, kept, cut(network, analysis, kept)[0], samples)
-    itemsizes = {name: tensor.element_size() for name, tensor in network.state_dict().items()}
+    itemsizes = {name: tensor.element_size() for name, tensor in saved_state(network).items()}
     devices = make_devices(experiment.fleet, analysis.groups, analysis, itemsizes)
     return Common(
         experiment,

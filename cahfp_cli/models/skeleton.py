@@ -17,6 +17,7 @@ from cahfp_cli.checkpoint.metadata import ModelSpec
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.random_streams import positions, random_streams
 from cahfp_cli.models.spec import build, construct
+from cahfp_cli.models.tensors import saved_state
 
 WITHOUT_VALUES = frozenset({torch.empty, torch.rand, torch.randn})
 """What makes tensors whose values are nothing but a start for training."""
@@ -110,7 +111,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 def unsaved_bytes(network: nn.Module) -> int:
     """Of the buffers that its code makes and no file holds."""
-    saved = network.state_dict(keep_vars=True)
+    saved = saved_state(network)
     return sum(
         math.prod(buffer.shape) * buffer.element_size() for name, buffer in network.named_buffers() if name not in saved
     )

@@ -32,7 +32,7 @@ from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, put_in, 
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.skeleton import outline, skeleton, unsaved_bytes
 from cahfp_cli.models.spec import resolve_spec
-from cahfp_cli.models.tensors import state_arrays, to_tensor
+from cahfp_cli.models.tensors import saved_state, state_arrays, to_tensor
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
@@ -271,7 +271,7 @@ def runs_on_meta(path: Path, compact: nn.Module, subject: Subject) -> bool:
 def check_map_fits(path: Path, index_map: IndexMap, network: nn.Module) -> None:
     """Raise InputError unless the map has the network's tensors and shapes; one name of tied ones will do. Buffers that
     the network does not save are in the map only where they lose entries."""
-    expected = network.state_dict(keep_vars=True)
+    expected = saved_state(network)
     mapped = {id(expected[name]) for name in index_map.tensors if name in expected}
     missing = [name for name, tensor in expected.items() if name not in index_map.tensors and id(tensor) not in mapped]
     for name in (*missing, *sorted(index_map.tensors.keys() - expected.keys())):

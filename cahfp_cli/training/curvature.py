@@ -30,6 +30,7 @@ from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
+from cahfp_cli.models.tensors import is_finite, saved_state
 from cahfp_cli.training.device import repeatable
 from cahfp_cli.training.logits import class_logits
 
@@ -73,7 +74,7 @@ def measure_curvature(
     """
     was_training = model.training
     model.to(device).eval()
-    state = model.state_dict(keep_vars=True)
+    state = saved_state(model)
     weights = {name: state[name] for name in names}
     leaves = list({id(tensor): tensor for tensor in weights.values()}.values())
     sums = [torch.zeros(tensor.shape, dtype=torch.float64) for tensor in leaves]
@@ -85,8 +86,8 @@ def measure_curvature(
                 logits = class_logits(model, sample[np.newaxis], dataset.classes, device)
                 draws = DRAWS if logits.shape[1] > EXACT_CLASSES else None
                 random = np.random.default_rng((seed, number, DRAW_STREAM))
-                for total, own in zip(sums, squares(logits, leaves, draws, random), strict=True):
-                    total += own.cpu()
+                for total, leaf, own in zip(sums, leaves, squares(logits, leaves, draws, random), strict=True):
+                    total += torch.where(is_finite(leaf), own, 0).cpu()  # an infinite constant stays where it is
                 on_progress(number + 1, len(x))
     finally:
         model.train(was_training)

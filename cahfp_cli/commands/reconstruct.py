@@ -1,23 +1,26 @@
 """`cahfp reconstruct`: merge what the devices trained back into the global checkpoint."""
 
 import json as json_text
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cahfp_cli.commands.options import DryRun, Force, Json, Quiet
+from cahfp_cli.commands.options import DryRun, Force, Json, Key, Quiet
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
 if TYPE_CHECKING:
+    from cahfp_cli.checkpoint.sharded import Tensors
     from cahfp_cli.reconstruction.report import ReconstructionReport
 
 
 def reconstruct(
     global_checkpoint: Annotated[
-        Path, typer.Argument(metavar="GLOBAL", help="Checkpoint that was pruned: a file, or an index of shards.")
+        Path,
+        typer.Argument(metavar="GLOBAL", help="Checkpoint that was pruned: a file, also of torch.save, or shards."),
     ],
     submodels: Annotated[
         list[Path], typer.Argument(metavar="SUBMODEL_DIR...", help="One folder for each client, or partial aggregates.")
@@ -91,6 +94,7 @@ def reconstruct(
         Path | None, typer.Option("--report", help="Write a JSON report: clients, updates, coverage of each tensor.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the same as a page with bars.")] = None,
+    key: Key = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads to use.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
@@ -122,6 +126,10 @@ def reconstruct(
     if len(set(targets)) < len(targets):
         raise UsageError("--output, --report and --html: two of them are the same file.")
     keep_freed_memory()
+
+    def open_global(path: Path) -> "AbstractContextManager[Tensors]":
+        return opened(path, key if path == global_checkpoint else None, console.warn)
+
     with console.progress("merging", of_bytes=True) as progress:
         report = merge.reconstruct(
             global_checkpoint,
@@ -142,9 +150,10 @@ def reconstruct(
             audit=report_file is not None or html is not None,
             threads=threads,
             force=force,
-            provenance=provenance("reconstruct", _options(rule, trim, keep_compensation, clip, step, partial), []),
+            provenance=provenance("reconstruct", _options(rule, trim, keep_compensation, clip, step, partial, key), []),
             on_progress=progress,
             dry_run=dry_run,
+            open_global=open_global,
         )
     for warning in report.warnings:
         console.warn(warning)
@@ -156,11 +165,9 @@ def reconstruct(
 
 
 def _options(
-    rule: str, trim: float | None, keep_compensation: bool, clip: str | None, step: Any, partial: bool
+    rule: str, trim: float | None, keep_compensation: bool, clip: str | None, step: Any, partial: bool, key: str | None
 ) -> dict[str, Any]:
     """What is recorded: everything that the result depends on and that its inputs do not say, unless it is default."""
-    from cahfp_cli.checkpoint.digest import content_digest
-
     options: dict[str, Any] = {"rule": rule}
     given = {
         "trim": trim,
@@ -168,10 +175,37 @@ def _options(
         "clip": clip,
         "server_lr": step.rate if step.rate != 1 else None,
         "server_momentum": step.momentum or None,
-        "before": None if step.before is None else content_digest(step.before),
+        "before": None if step.before is None else _digest(step.before),
         "partial": partial or None,
+        "key": key,
     }
     return options | {name: value for name, value in given.items() if value is not None}
+
+
+@contextmanager
+def opened(path: Path, key: str | None, warn: Callable[[str], None]) -> "Iterator[Tensors]":
+    """A checkpoint, as `prune` reads it; torch is only imported for files that it wrote, which are held in memory."""
+    from cahfp_cli.checkpoint.safetensors_file import is_pytorch
+    from cahfp_cli.checkpoint.sharded import open_checkpoint
+
+    if key is None and not is_pytorch(path):
+        with open_checkpoint(path) as file:
+            yield file
+        return
+
+    from cahfp_cli.models.checkpoint_io import open_weights
+
+    with open_weights(path, key) as weights:
+        for remark in weights.remarks:
+            warn(remark)
+        yield weights.file
+
+
+def _digest(path: Path) -> str:
+    from cahfp_cli.checkpoint.digest import content_digest
+
+    with opened(path, None, lambda remark: None) as file:
+        return content_digest(file)
 
 
 def _clip(text: str | None) -> float | Literal["median"] | None:

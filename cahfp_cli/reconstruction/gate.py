@@ -90,7 +90,7 @@ def read_upload(checkpoint: Tensors, digest: str, folder: Path, maps: Path | Non
         raise InputError(f"{folder}: there is no such file or folder.")
     if not folder.is_dir():
         raise InputError(f"{folder}: it is not a folder; a submodel folder, as `cahfp prune` writes it, is expected.")
-    map_path = folder / INDEX_MAP if maps is None else _own_map(maps, folder)
+    map_path = map_of(folder, maps)
     index_map = read_index_map(map_path, checkpoint)
     _check_digest(map_path, index_map.checkpoint, digest, checkpoint)
     try:
@@ -124,7 +124,10 @@ def checked_numbers(file: Stored, index_map: IndexMap, checkpoint: Tensors) -> s
     return sha256
 
 
-def _own_map(maps: Path, folder: Path) -> Path:
+def map_of(folder: Path, maps: Path | None) -> Path:
+    """The index map of a submodel folder: its own, or the server's. Raises: InputError: the server has none of it."""
+    if maps is None:
+        return folder / INDEX_MAP
     name = folder.resolve().name
     places = (maps / name / INDEX_MAP, maps / f"{name}.safetensors")
     for place in places:

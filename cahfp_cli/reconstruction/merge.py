@@ -5,8 +5,8 @@ the clients are (robust rules need all clients' values of a block, so their bloc
 open. Whatever the order of the clients, the size of blocks and the number of threads, the result has the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +14,20 @@ import numpy as np
 from pydantic import JsonValue
 
 from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file, check_file_target, check_folder_target
-from cahfp_cli.checkpoint.digest import content_digest, row_blocks
+from cahfp_cli.checkpoint.digest import content_digest, file_sha256, row_blocks
 from cahfp_cli.checkpoint.dtypes import FLOATS
+from cahfp_cli.checkpoint.fitting import Fitted, fit
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, InputFile, Provenance, metadata_or_none
 from cahfp_cli.checkpoint.ownership import foreign_in_shards
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
+from cahfp_cli.pruning.index_map import listed
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
 from cahfp_cli.reconstruction.gate import check_block
 from cahfp_cli.reconstruction.in_order import in_order
+from cahfp_cli.reconstruction.naming import as_pruned
 from cahfp_cli.reconstruction.report import ClientReport, ReconstructionReport, TensorCoverage
 from cahfp_cli.reconstruction.round import Round, Step, check_same_tensors
 from cahfp_cli.reconstruction.rules import Rule, rule_named
@@ -55,6 +58,7 @@ def reconstruct(
     provenance: Provenance,
     on_progress: Progress | None = None,
     dry_run: bool = False,
+    open_global: Callable[[Path], AbstractContextManager[Tensors]] = open_checkpoint,
 ) -> ReconstructionReport:
     """Merge the submodel folders into a copy of the global checkpoint, `output`; with `dry_run` only check everything.
 
@@ -63,11 +67,12 @@ def reconstruct(
     taken out of its weights before they are merged, or with `keep_compensation` left in.
 
     Args: global_checkpoint: a file, or an index of shards or its folder, which makes `output` a folder with the same
-        shards. submodels: folders, and partial aggregates. trim: see `rule_named`. weights: by submodel, instead of its
-        recorded num_examples. skip_invalid, min_clients, maps, max_examples: see `Gate`. max_update: the norm of a
-        client's update, over that of the weights that it was sent, at most. clip: shrink updates to so much, or to the
-        median of the clients. partial: write a partial aggregate instead of a checkpoint. audit: measure updates and
-        agreement.
+        shards; someone else's is merged under the names of the network. submodels: folders, and partial aggregates.
+        trim: see `rule_named`. weights: by submodel, instead of its recorded num_examples. skip_invalid, min_clients,
+        maps, max_examples: see `Gate`. max_update: the norm of a client's update, over that of the weights that it was
+        sent, at most. clip: shrink updates to so much, or to the median of the clients. partial: write a partial
+        aggregate instead of a checkpoint. audit: measure updates and agreement. open_global: opens the global
+        checkpoint and that of the round before, where they may be of another format than safetensors.
 
     Raises: UsageError: no such rule, a folder listed twice, a weight without a folder, options that do not go together.
         InputError: an input is damaged or does not fit, too few clients are left, or the output exists without `force`;
@@ -77,9 +82,10 @@ def reconstruct(
     gate = Gate(skip_invalid, min_clients, maps, GREATEST_WEIGHT if max_examples is None else max_examples)
     _check_options(chosen, step, partial, clip, max_update)
     with (
-        open_checkpoint(global_checkpoint) as checkpoint,
-        nullcontext() if step.before is None else open_checkpoint(step.before) as before,
+        open_global(global_checkpoint) as stored,
+        nullcontext() if step.before is None else open_global(step.before) as before,
     ):
+        checkpoint = as_pruned(stored, submodels, maps)
         sharded = isinstance(checkpoint, ShardedCheckpoint) and not partial
         if sharded:
             check_folder_target(output, force, foreign_in_shards)
@@ -87,8 +93,8 @@ def reconstruct(
             check_file_target(output, force)
         metadata_or_none(checkpoint, CheckpointMetadata)  # another file of ours is refused before it is read
         digest, *own = in_order(
-            lambda file: _checked_digest(checkpoint) if file is None else file.hashed(),
-            [None, *_files(checkpoint)],
+            lambda file: _checked_digest(checkpoint) if file is None else _sha256(file),
+            [None, *_files(stored)],
             threads,
         )
         clients, refused, warnings = read_clients(
@@ -102,12 +108,11 @@ def reconstruct(
         if clip is not None:
             clients = clipped(clients, [update for update in updates if update is not None], clip)
         if before is not None:
+            before = fit(before, checkpoint.tensors.keys())
             check_same_tensors(before, checkpoint)
         this = Round(checkpoint, tuple(clients), chosen, step, before, threads)
         covered = tuple(_coverage(this, info) for info in checkpoint.tensors.values() if info.dtype in FLOATS)
-        inputs = [
-            InputFile(file=file.path.name, sha256=found) for file, found in zip(_files(checkpoint), own, strict=True)
-        ]
+        inputs = [InputFile(file=file.path.name, sha256=found) for file, found in zip(_files(stored), own, strict=True)]
         made = _completed(provenance, inputs, clients, weights or {})
         result = None
         cosines: list[float | None] = [None] * len(clients)
@@ -143,7 +148,7 @@ def reconstruct(
         covered,
         result,
         not dry_run,
-        tuple(warnings),
+        (*_left_out(checkpoint), *warnings),
     )
 
 
@@ -192,8 +197,19 @@ def _too_few(count: int, least: int, refused: Sequence[Refusal]) -> str:
     return f"{message}\nThe first that did not: {refused[0].reason}" if refused else message
 
 
-def _files(checkpoint: SafetensorsFile | ShardedCheckpoint) -> list[SafetensorsFile]:
-    return [checkpoint] if isinstance(checkpoint, SafetensorsFile) else list(checkpoint.shards.values())
+def _files(checkpoint: Tensors) -> list[Tensors]:
+    return list(checkpoint.shards.values()) if isinstance(checkpoint, ShardedCheckpoint) else [checkpoint]
+
+
+def _sha256(file: Tensors) -> str:
+    return file.hashed() if isinstance(file, SafetensorsFile) else file_sha256(file.path)
+
+
+def _left_out(checkpoint: Tensors) -> list[str]:
+    """A warning of tensors that are no part of the network."""
+    if not isinstance(checkpoint, Fitted) or not checkpoint.left_out:
+        return []
+    return [f"{checkpoint.path}: left out, being no part of the network: {listed(list(checkpoint.left_out))}."]
 
 
 def _checked_digest(checkpoint: Tensors) -> str:

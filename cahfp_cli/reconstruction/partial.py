@@ -93,13 +93,18 @@ class Partial:
         return self.file.read_rows(name, *((0, 1) if one_for_all else (first, last)))
 
 
+def most_header(checkpoint: Tensors) -> int:
+    """Bytes of the header of an aggregate at most."""
+    return 3 * header_bytes(checkpoint) + RECORD_BYTES
+
+
 def read_partial(checkpoint: Tensors, digest: str, path: Path) -> Partial:
     """Read and check a partial aggregate against the global checkpoint of content digest `digest`.
 
     Raises: InputError: it is not one, of another checkpoint, or its tensors do not fit together.
     """
     elements = sum(math.prod(info.shape) * ELEMENT_BYTES for info in checkpoint.tensors.values())
-    room = 3 * header_bytes(checkpoint) + RECORD_BYTES
+    room = most_header(checkpoint)
     with open_safetensors(path, elements + room, room) as file:
         metadata = read_metadata(file, PartialMetadata)
         if metadata.checkpoint != digest:

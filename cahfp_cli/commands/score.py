@@ -31,7 +31,7 @@ def score(
     ] = 256,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."),
+        typer.Option(min=2, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."),
     ] = None,
     draws: Annotated[
         int | None,

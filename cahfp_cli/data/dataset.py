@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from cahfp_cli.checkpoint.metadata import InputDtype
 from cahfp_cli.errors import InputError
+from cahfp_cli.models.rows import ONE_OUTPUT
 
 Samples = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
@@ -156,6 +157,8 @@ def check_fits(
             f"{dataset.name}: samples of {dataset.input_dtype} do not fit the model, which takes {input_dtype}. "
             f"Use the data that the model was made for; if it takes both, pass --input-dtype {dataset.input_dtype}."
         )
+    if classes == 1:
+        raise InputError(f"{dataset.name} cannot tell how good the model is, which gives {ONE_OUTPUT}")
     if dataset.classes > classes:
         raise InputError(
             f"{dataset.name}: {dataset.classes} classes do not fit the model, which tells {classes} apart."

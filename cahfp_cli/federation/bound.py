@@ -29,7 +29,7 @@ from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.client import CPU
 from cahfp_cli.pruning.index_map import Indices, selector
-from cahfp_cli.training.logits import class_logits
+from cahfp_cli.training.logits import backward, class_logits
 
 Floats = NDArray[np.float64]
 Gradients = Mapping[str, Floats]
@@ -116,7 +116,8 @@ def measured(network: nn.Module, data: Dataset, size: int) -> Measured:
         share = len(y) / len(data)
         value = batch_loss(network, x, y, data.classes)
         parameters = dict(network.named_parameters())
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        with backward():
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         own = {n: g.double().numpy() for n, g in zip(parameters, gradients, strict=True) if g is not None}
         loss += share * float(value.detach())
         squares += share * square(own)

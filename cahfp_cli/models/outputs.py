@@ -49,13 +49,13 @@ def field(output: object, name: str) -> object:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def class_rows(output: object, samples: int, classes: int = 2) -> torch.Tensor:
-    """Logits (samples, outputs) of a network's output, float32 or wider, with outputs >= `classes`.
+def class_rows(output: object, samples: int, classes: int = 2, least: int = 2) -> torch.Tensor:
+    """Logits (samples, outputs) of a network's output, float32 or wider, with outputs >= `classes` and >= `least`.
 
-    Raises: InputError: there are none, or not one row of two or more real numbers a sample.
+    Raises: InputError: there are none, or not one row of so many real numbers a sample.
     """
     logits = logits_of(output)
-    check_rows(tuple(logits.shape), samples, classes, "the model returned")
+    check_rows(tuple(logits.shape), samples, classes, "the model returned", least)
     if not logits.is_floating_point():
         raise InputError(f"the model returned {logits.dtype} (classes already chosen?): it must return logits.")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

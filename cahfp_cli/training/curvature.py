@@ -32,7 +32,7 @@ from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.tensors import is_finite, saved_state
 from cahfp_cli.training.device import repeatable
-from cahfp_cli.training.logits import class_logits
+from cahfp_cli.training.logits import backward, class_logits
 
 EXACT_CLASSES = 16
 DRAWS = 16
@@ -83,7 +83,8 @@ def measure_curvature(
     try:
         with repeatable(seed, device), differentiable(leaves), torch.enable_grad():
             for number, sample in enumerate(x):
-                logits = class_logits(model, sample[np.newaxis], dataset.classes, device)
+                # One output is no mistake here: its curvature is zero.
+                logits = class_logits(model, sample[np.newaxis], dataset.classes, device, least=1)
                 draws = DRAWS if logits.shape[1] > EXACT_CLASSES else None
                 random = np.random.default_rng((seed, number, DRAW_STREAM))
                 for total, leaf, own in zip(sums, leaves, squares(logits, leaves, draws, random), strict=True):
@@ -115,7 +116,10 @@ def squares(
     for label in np.flatnonzero(shares):
         towards = p.clone()
         towards[label] -= 1
-        gradients = torch.autograd.grad(logits, leaves, towards.to(logits)[None], retain_graph=True, allow_unused=True)
+        with backward():
+            gradients = torch.autograd.grad(
+                logits, leaves, towards.to(logits)[None], retain_graph=True, allow_unused=True
+            )
         for result, gradient in zip(results, gradients, strict=True):
             if gradient is not None:
                 result.add_(gradient.to(result.dtype).square_(), alpha=float(shares[label]))

@@ -18,7 +18,7 @@ from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.models.tensors import is_constant, is_finite, saved_state
 from cahfp_cli.training import augment
 from cahfp_cli.training.device import repeatable
-from cahfp_cli.training.logits import class_logits
+from cahfp_cli.training.logits import backward, class_logits
 
 AUGMENT_STREAM = 1
 """Sets the shifts' random stream apart from the shuffle's."""
@@ -168,7 +168,8 @@ def run_epoch(run: Run, samples: Iterable[tuple[Samples, Labels]], classes: int,
                 f"Try a smaller --lr than {run.options.lr:g}."
             )
         run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with backward():
+            loss.backward()  # type: ignore[no-untyped-call]
         if run.options.grad_clip is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), run.options.grad_clip)
         run.optimiser.step()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cahfp_cli.coupling.analysis import analyse
-from cahfp_cli.data.dataset import Dataset
+from cahfp_cli.data.dataset import Dataset, check_fits
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.pruning.budget import Budget
@@ -17,8 +17,10 @@ from cahfp_cli.significance.gates import GatedPass, predict
 from cahfp_cli.significance.reach import find_reach
 from cahfp_cli.significance.registry import Evidence, find_criterion
 from cahfp_cli.significance.statistics import gate_statistics
+from cahfp_cli.training.curvature import measure_curvature
 from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.logits import class_logits
+from cahfp_cli.training.sgd import TrainOptions, train
 from tests.networks import masked, randomise
 from tests.pruning.test_set_selection import Case
 from tests.significance.test_gates import close, products, reference
@@ -396,6 +398,26 @@ def test_outputs_that_are_no_rows_of_logits_are_refused_with_what_to_do(name):
             gate_statistics(model, groups, x, y)
         with pytest.raises(InputError, match=said):
             Case(model, data).select(Budget(keep=0.5), SetOptions(rounds=1))
+
+
+def test_data_do_not_fit_a_network_of_one_output_before_anything_is_run():
+    data = Dataset(np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1]), 2, "binary")
+    with pytest.raises(InputError, match=r"binary .* softmax over one entry[^\n]*\nGive the network two outputs"):
+        check_fits(data, (2,), 1)
+
+
+@pytest.mark.parametrize("stop", [no_grad, WITHOUT_DERIVATIVE["no backward"]])
+def test_training_what_gradients_do_not_go_through_is_refused(stop):
+    def body(x):
+        return stop(model.body, x)
+
+    model = Net(stop).float()
+    model.forward = lambda x: body(x)[:, :CLASSES]
+    data = Dataset(np.ones((8, 4), np.float32), np.arange(8) % CLASSES, CLASSES, "ones")
+    with pytest.raises(InputError, match="gradients do not go through the model"):
+        train(model, data, TrainOptions(epochs=1, batch_size=4), torch.device("cpu"))
+    with pytest.raises(InputError, match="gradients do not go through the model"):
+        measure_curvature(model, ["body.0.weight"], data, 2, torch.device("cpu"))
 
 
 def test_labels_beyond_the_outputs_are_refused():

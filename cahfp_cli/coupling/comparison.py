@@ -18,6 +18,7 @@ from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.models.outputs import all_tensors_of
+from cahfp_cli.models.tensors import same_numbers
 
 SAMPLES = 2
 """Looked at at once: the fewest that can influence one another."""
@@ -161,14 +162,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             value.extend(content) if isinstance(value, list | deque) else value.update(content)
         with torch.no_grad():
             for buffer, own_values in buffers:
-                if not buffer.equal(own_values):
+                if not same_numbers(buffer, own_values):
                     buffer.copy_(own_values)
 
 
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """Its parameters and buffers in double precision for as long as the block takes, then as they were, bit for bit."""
-    own = {id(tensor): (tensor, tensor.data) for tensor in tensors_of(model).values() if tensor.is_floating_point()}
+    """Its parameters and buffers in double precision for as long as the block takes, then as they were, bit for bit;
+    types of 8 bits and fewer stay, since the network's code unpacks them."""
+    wide = (tensor for tensor in tensors_of(model).values() if tensor.is_floating_point() and tensor.element_size() > 1)
+    own = {id(tensor): (tensor, tensor.data) for tensor in wide}
     try:
         for tensor, data in own.values():
             tensor.data = data.double()

@@ -136,6 +136,9 @@ def put_in(path: Path, tensors: Mapping[str, torch.Tensor], network: nn.Module) 
 
     Raises: InputError: the network's own hooks do not take what its state dict gives.
     """
+    for tensor in saved_state(network).values():
+        if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
+            tensor.data = tensor.data.contiguous()  # expanded: several entries in one place cannot be written
     try:
         # complete up to tied names: check_tensors saw to it
         unexpected = network.load_state_dict(dict(tensors), strict=False).unexpected_keys

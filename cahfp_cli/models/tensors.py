@@ -137,8 +137,15 @@ def is_constant(tensor: torch.Tensor, made: torch.Tensor) -> bool:
     if made.requires_grad or made.is_meta:
         return False
     odd = ~is_finite(tensor)
-    own, theirs = widened(tensor)[odd], widened(made.detach())[odd]
-    return bool(((own == theirs) | (own.isnan() & theirs.isnan())).all())
+    return same_numbers(widened(tensor)[odd], widened(made.detach())[odd])
+
+
+def same_numbers(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """As `torch.equal`, of any type that files hold, and with NaN equal to NaN."""
+    if left.dtype == PAIRS and right.dtype == PAIRS:
+        return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    left, right = widened(left), widened(right)
+    return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

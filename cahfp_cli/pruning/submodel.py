@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.checkpoint.atomic import atomic_directory
-from cahfp_cli.checkpoint.dtypes import DTYPES, Array, dtype_code
+from cahfp_cli.checkpoint.dtypes import DTYPES, PACKED, Array, dtype_code
 from cahfp_cli.checkpoint.metadata import SubmodelMetadata, dump_metadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
@@ -72,7 +72,13 @@ def make_index_map(
         checkpoint: its content digest.
         rewrites: those that the compact network needs.
         gates: float64 (groups,), folded into the weights that read each group (see pruning/compensation.py).
+    Raises: InputError: a tensor of a packed type.
     """
+    packed = next((name for name, array in arrays.items() if dtype_code(array.dtype) in PACKED), None)
+    if packed is not None:
+        raise InputError(
+            f"{packed!r} has several numbers in a byte, and is neither cut nor merged: convert it to uint8."
+        )
     indices = groups.indices(kept)
     factors = {} if gates is None else factors_of_tensors(groups, kept, gates)
     return IndexMap(

@@ -88,7 +88,9 @@ def measure_curvature(
                 draws = DRAWS if logits.shape[1] > EXACT_CLASSES else None
                 random = np.random.default_rng((seed, number, DRAW_STREAM))
                 for total, leaf, own in zip(sums, leaves, squares(logits, leaves, draws, random), strict=True):
-                    total += torch.where(is_finite(leaf), own, 0).cpu()  # an infinite constant stays where it is
+                    total += torch.where(
+                        is_finite(leaf), own.double(), 0
+                    ).cpu()  # an infinite constant stays where it is
                 on_progress(number + 1, len(x))
     finally:
         model.train(was_training)
@@ -127,8 +129,8 @@ def squares(
 
 
 def wide(tensor: torch.Tensor) -> torch.dtype:
-    """In which its squares are taken: those of half precision would vanish."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    """In which its squares are taken: those of half precision and less would vanish."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def to_float32(tensor: torch.Tensor) -> NDArray[np.float32]:

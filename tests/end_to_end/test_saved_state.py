@@ -86,6 +86,32 @@ class Overflowing(Net):
         return super().forward(x)
 
 
+def beside(buffer):
+    net = Net()
+    net.register_buffer("odd", buffer)
+    return net
+
+
+def empty():
+    return beside(torch.zeros(0, 4))
+
+
+def expanded():
+    return beside(torch.ones(1).expand(4))
+
+
+def float8():
+    return beside(torch.ones(4).to(torch.float8_e4m3fn))
+
+
+def scales():
+    return beside(torch.ones(4, dtype=torch.uint8).view(torch.float8_e8m0fnu))
+
+
+def packed():
+    return beside(torch.ones(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+
+
 def data():
     x = torch.rand(120, 6, generator=torch.Generator().manual_seed(0))
     return x.numpy(), (x.sum(1).argsort().argsort() % 3).numpy()
@@ -217,6 +243,28 @@ def test_extra_state_goes_through_every_command_or_is_left_out_with_a_word(name:
     assert bench.train(bench.submodel, output=tmp_path / "client").code == 0
     done = cahfp("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
     assert done.code == 0, done.error
+
+
+@pytest.mark.parametrize("name", ["empty", "expanded", "float8", "scales"])
+def test_buffers_of_odd_shapes_and_types_go_through_every_command(name: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, name)
+    assert bench.train().code == 0 and bench.evaluate().code == 0
+    bench.prune()
+    done = bench.train(bench.submodel, "--curvature", "10", output=tmp_path / "client")
+    assert done.code == 0, done.error
+    done = cahfp("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
+    assert done.code == 0, done.error
+    before, after = (bench.tensors(path)["odd"] for path in (bench.checkpoint, tmp_path / "r.safetensors"))
+    assert before.dtype == after.dtype and before.tobytes() == after.tobytes()
+
+
+def test_packed_buffers_are_kept_and_are_refused_by_name_where_they_would_be_cut(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "packed")
+    assert bench.train().code == 0 and bench.evaluate().code == 0
+    with open_safetensors(bench.checkpoint) as file:
+        assert (file.tensors["odd"].dtype, file.tensors["odd"].shape) == ("F4", (4, 4))
+    with pytest.raises(AssertionError, match="'odd' has several numbers in a byte"):
+        bench.prune()
 
 
 def test_recorded_arguments_hold_where_the_model_is_named_again(tmp_path: Path) -> None:

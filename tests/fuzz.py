@@ -288,10 +288,12 @@ WRITTEN = ("new.json", "no/such/folder.json", ".", "data.npz", "")
 
 @dataclass(frozen=True)
 class Option:
-    """An option as it is typed, and what may be typed after it; nothing after a flag."""
+    """An option as it is typed, and what may be typed after it; nothing after a flag. bounded: unless it is a whole
+    number without a least or a largest value."""
 
     words: tuple[str, ...]
     values: tuple[str, ...]
+    bounded: bool = True
 
 
 def commands() -> dict[str, list[Option]]:
@@ -322,7 +324,8 @@ def option(name: str, hint: Any) -> Option | None:
     if bool in kinds:
         return Option(words, ())
     if int in kinds:
-        return Option(words, ("-1", "0", "1", "2", "x", "1.5") if name in SLOW else INTEGERS)
+        values = ("-1", "0", "1", "2", "x", "1.5") if name in SLOW else INTEGERS
+        return Option(words, values, bounded=None not in (info.min, info.max))
     if float in kinds:
         return Option(words, NUMBERS)
     if Path in kinds and name not in ("scores", "before", "maps", "data_root"):

@@ -503,15 +503,15 @@ class InfinityInAMask(nn.Module):
         return self.head(torch.relu(scores.softmax(-1) @ self.v(x)))
 
 
-@odd(VECTOR)
+@odd(VECTOR, refused="complex numbers that a device trained are not merged")
 class ComplexWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.head = nn.Linear(8, 12), nn.Linear(12, CLASSES)
+        self.first, self.enter, self.head = nn.Linear(8, 9), nn.Linear(9, 12), nn.Linear(12, CLASSES)
         self.spectrum = nn.Parameter(torch.randn(7, dtype=torch.complex64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(self.enter(x))
+        h = torch.relu(self.enter(torch.relu(self.first(x))))
         return self.head(torch.fft.irfft(torch.fft.rfft(h) * self.spectrum, n=12))
 
 

@@ -8,16 +8,21 @@ import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 
+MOST, MOST_THREADS, MOST_SEED = 2**31 - 1, 1024, 2**63 - 1
+"""Bounds of whole numbers: what libraries count in 32 bits, threads that a process can start, seeds of torch."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints, only the result.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Same inputs and same seed give the same bytes.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=MOST_SEED, help="Same inputs and same seed give the same bytes.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Overwrite the output if it exists; a folder only if all in it is ours.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 Device = Annotated[str, typer.Option("--device", help="Compute on auto, cpu, cuda or mps.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples at a time.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="CPU threads to use.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Samples at a time.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder that holds the files of a named data set.")]
 Data = Annotated[
     str,
@@ -57,7 +62,7 @@ Key = Annotated[
     ),
 ]
 Classes = Annotated[
-    int | None, typer.Option("--classes", min=1, help="Number of outputs; recorded in our checkpoints.")
+    int | None, typer.Option("--classes", min=1, max=MOST, help="Number of outputs; recorded in our checkpoints.")
 ]
 
 

@@ -160,7 +160,9 @@ def measure(
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write, a .toml file.")],
     name: Annotated[str | None, typer.Option(help="Its name; the file's without the ending.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime computes with.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, max=options.MOST_THREADS, help="Threads that ONNX Runtime computes with.")
+    ] = 1,
     uplink: Annotated[float, typer.Option(min=0.001, help="Mbit/s to the server: not measured.")] = 20.0,
     downlink: Annotated[float, typer.Option(min=0.001, help="Mbit/s from the server: not measured.")] = 100.0,
     json: options.Json = False,

@@ -71,7 +71,9 @@ def prune(
         list[str] | None,
         typer.Option(help="Layers that keep every channel, e.g. 'layer1.*'; names as in a report's widths."),
     ] = None,
-    min_width: Annotated[int, typer.Option(min=1, help="Channel groups that every layer keeps at least.")] = 1,
+    min_width: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Channel groups that every layer keeps at least.")
+    ] = 1,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="This machine is the device: measure --latency and aim anew until it holds."),
@@ -80,8 +82,10 @@ def prune(
         str | None,
         typer.Option(help="Samples to select and compensate on (no labels needed), e.g. digits@train."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="So many of them.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that the network is linearised anew.")] = 15,
+    samples: Annotated[int, typer.Option(min=1, max=options.MOST, help="So many of them.")] = 2048,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Times that the network is linearised anew.")
+    ] = 15,
     selection: Annotated[
         str,
         typer.Option(help="linear | quadratic | independent; auto: linear with --calibration, else independent."),

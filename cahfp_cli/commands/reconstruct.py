@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cahfp_cli.commands.options import DryRun, Force, Json, Key, Quiet
+from cahfp_cli.commands.options import MOST, MOST_THREADS, DryRun, Force, Json, Key, Quiet
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
@@ -61,7 +61,9 @@ def reconstruct(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave out clients that do not pass the checks, and report them.")
     ] = False,
-    min_clients: Annotated[int, typer.Option("--min-clients", min=1, help="Fewer that pass are an error.")] = 1,
+    min_clients: Annotated[
+        int, typer.Option("--min-clients", min=1, max=MOST, help="Fewer that pass are an error.")
+    ] = 1,
     max_examples: Annotated[
         float | None, typer.Option("--max-examples", help="Refuse a client that claims more examples.")
     ] = None,
@@ -95,7 +97,7 @@ def reconstruct(
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the same as a page with bars.")] = None,
     key: Key = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads to use.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST_THREADS, help="CPU threads to use.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,

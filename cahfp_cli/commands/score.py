@@ -25,17 +25,28 @@ def score(
             "weight-fisher | obd | bn-scale | lamp | l1 | l2 | random"
         ),
     ] = "gate-ggn",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples, drawn from --data.")] = 256,
+    samples: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Calibration samples, drawn from --data.")
+    ] = 256,
     held_out: Annotated[
-        int, typer.Option(min=0, help="Further samples of --data, on which the scores are put to the test.")
+        int,
+        typer.Option(
+            min=0, max=options.MOST, help="Further samples of --data, on which the scores are put to the test."
+        ),
     ] = 256,
     top: Annotated[
         int | None,
-        typer.Option(min=2, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."),
+        typer.Option(
+            min=2, max=options.MOST, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."
+        ),
     ] = None,
     draws: Annotated[
         int | None,
-        typer.Option(min=1, help="Estimate the curvature from so many drawn labels a sample, not class by class."),
+        typer.Option(
+            min=1,
+            max=options.MOST,
+            help="Estimate the curvature from so many drawn labels a sample, not class by class.",
+        ),
     ] = None,
     shrink: Annotated[
         float, typer.Option(min=0, help="Standard errors that gate-loss takes off the gradient; 0 keeps it whole.")

@@ -48,7 +48,10 @@ def simulate(
         float, typer.Option("--deadline", min=1, help="Seconds that a node of Flower has to answer.")
     ] = 600.0,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Runs at a time, in processes of --threads threads each.")
+        int,
+        typer.Option(
+            "--jobs", min=1, max=options.MOST_THREADS, help="Runs at a time, in processes of --threads threads each."
+        ),
     ] = 1,
     threads: options.Threads = None,
     json: options.Json = False,

@@ -38,8 +38,10 @@ def train(
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     key: options.Key = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 10,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimiser steps instead.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, max=options.MOST, help="Passes over the data.")] = 10,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=options.MOST, help="Stop after so many optimiser steps instead.")
+    ] = None,
     batch_size: options.BatchSize = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
     momentum: Annotated[float, typer.Option(help="Nesterov momentum.")] = 0.9,
@@ -54,6 +56,7 @@ def train(
             "--curvature",
             metavar="N",
             min=1,
+            max=options.MOST,
             help="For a submodel: measure the loss's curvature on N of its samples, for reconstruct --rule curvature.",
         ),
     ] = None,

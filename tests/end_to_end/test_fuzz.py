@@ -15,26 +15,6 @@ from tests.odd_networks import NETWORKS
 CALIBRATED = ("--keep", 0.5, "--calibration", "DATA", "--samples", fuzz.SAMPLES, "--rounds", 2)
 KEEPING_ALL = ("--keep", 1.0, "--selection", "independent")
 WAYS = (fuzz.Options(), fuzz.Options(prune=CALIBRATED), fuzz.Options(prune=KEEPING_ALL))
-KNOWN = frozenset(
-    [
-        "extra_state",
-        "experts",
-        "one_sample_at_a_time",
-        "turns_by_batch",
-        "infinity_in_a_mask",
-        "complex_weights",
-        "lazy_layers",
-        "constants_through_layers",
-        "half_inside",
-        "double_inside",
-        "autocast_inside",
-        "counts_its_calls",
-        "spatial_output",
-        "one_number",
-    ]
-)
-"""What fails today; a name goes as soon as its network passes."""
-known = pytest.mark.xfail(reason="a known fault", strict=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,10 +32,7 @@ def fleet(tmp_path_factory):
     return fuzz.good_files(tmp_path_factory.mktemp("fleet"), onnx=False)
 
 
-@pytest.mark.parametrize(
-    ("number", "name"),
-    [pytest.param(n, name, id=name, marks=known if name in KNOWN else ()) for n, name in enumerate(NETWORKS)],
-)
+@pytest.mark.parametrize(("number", "name"), enumerate(NETWORKS), ids=list(NETWORKS))
 def test_odd_network_goes_through_every_command_or_is_refused_by_name(number, name, tmp_path):
     bench = fuzz.bench_of(name, tmp_path)
     faults = fuzz.through_every_command(bench, WAYS[number % len(WAYS)])
@@ -64,7 +41,11 @@ def test_odd_network_goes_through_every_command_or_is_refused_by_name(number, na
         assert not bench.refusals
 
 
-@known  # --threads beyond 32 bits
+def test_whole_numbers_have_a_least_and_a_largest_value():
+    unbounded = [(name, o.words) for name, options in fuzz.commands().items() for o in options if not o.bounded]
+    assert not unbounded
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_options_end_in_a_documented_code(seed, fleet, tmp_path):
     random, faults = Random(seed), []

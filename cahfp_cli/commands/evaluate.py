@@ -40,6 +40,7 @@ def evaluate(
     dataset = load_data(data, data_root=data_root, default_split="test")
 
     from cahfp_cli.device.quantities import format_bytes, format_seconds
+    from cahfp_cli.export.side_file import size_of_file
     from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.training import evaluation
     from cahfp_cli.training.device import pick_device, use_threads
@@ -52,7 +53,7 @@ def evaluate(
             raise UsageError(f"--device {device}: ONNX files are evaluated on the CPU.")
         metrics = evaluation.evaluate_onnx(network, dataset, batch_size, threads)
         timing = latency_onnx(network, threads) if latency else None
-        size = network.stat().st_size
+        size = size_of_file(network)
     else:
         where = pick_device(device)
         opened = open_network(

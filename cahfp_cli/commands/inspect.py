@@ -259,10 +259,12 @@ def describe_onnx(path: Path) -> Json:
     import onnx
     from google.protobuf.message import DecodeError
 
+    from cahfp_cli.export.side_file import size_of_file
+
     try:
         model = onnx.load(str(path), load_external_data=False)
         onnx.checker.check_model(model)
-        return {"kind": "ONNX", "file": str(path), "bytes": path.stat().st_size, **described(model)}
+        return {"kind": "ONNX", "file": str(path), "bytes": size_of_file(path), **described(model)}
     except (DecodeError, UnicodeDecodeError, onnx.checker.ValidationError) as error:  # text is decoded where it is read
         raise InputError(f"{path}: not a valid ONNX file: {first_line(error)}") from None
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cahfp_cli.checkpoint.metadata import InputDtype, ModelSpec
     from cahfp_cli.coupling.analysis import Analysis
     from cahfp_cli.data.dataset import Dataset
+    from cahfp_cli.export.onnx_file import ExportOptions
     from cahfp_cli.output import Console
     from cahfp_cli.pruning.submodel import LoadedSubmodel
 
@@ -190,15 +191,21 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False, [])}
 
 
-def seconds_here(network: "nn.Module", shape: tuple[int, ...], dtype: "InputDtype", threads: int) -> float:
+def seconds_here(
+    network: "nn.Module",
+    shape: tuple[int, ...],
+    dtype: "InputDtype",
+    threads: int,
+    exporting: "ExportOptions | None" = None,
+) -> float:
     """Seconds of a call of a network on this machine's CPU, exported and run in ONNX Runtime."""
     from tempfile import TemporaryDirectory
 
     from cahfp_cli.device.stopwatch import seconds_a_call
-    from cahfp_cli.export.onnx_file import export_onnx
+    from cahfp_cli.export.onnx_file import DEFAULTS, export_onnx
     from cahfp_cli.models.inputs import torch_type
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(network, shape, path, {}, dtype=torch_type(dtype))
+        export_onnx(network, shape, path, {}, dtype=torch_type(dtype), options=exporting or DEFAULTS)
         return seconds_a_call(path, threads)

@@ -64,6 +64,10 @@ Key = Annotated[
 Classes = Annotated[
     int | None, typer.Option("--classes", min=1, max=MOST, help="Number of outputs; recorded in our checkpoints.")
 ]
+Opset = Annotated[
+    int,
+    typer.Option("--opset", min=13, max=20, help="ONNX opset of model.onnx: lower for older runtimes, if it allows."),
+]
 
 
 class Command(TyperCommand):

@@ -126,6 +126,7 @@ def predict(
         "params": int(cost.params),
         **asdict(further),
         "operators": operators,
+        "not_modelled": list(workload.unmodelled),
     }
     seconds = _measured(network, shape, dtype, model, device.runtime.threads) if measured else None
     if seconds is not None:
@@ -150,6 +151,8 @@ def predict(
     )
     if further.energy_joules is not None:
         human += f"; {further.energy_joules * 1e3:.3g} mJ an inference"
+    if workload.unmodelled:
+        human += f"\nnot modelled, taken for copies: {', '.join(workload.unmodelled)}"
     if seconds is not None:
         human += f"\nmeasured here: {format_seconds(seconds)}, predicted {total / seconds - 1:+.1%}"
     Console(json=json).result(human, machine)

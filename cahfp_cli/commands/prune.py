@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.device.cost import Cost
     from cahfp_cli.device.profile import DeviceProfile
+    from cahfp_cli.export.onnx_file import ExportOptions
     from cahfp_cli.export.quantised import Dtype, Quantisation
     from cahfp_cli.pruning.budget import Budget
     from cahfp_cli.pruning.selection import Selection
@@ -110,6 +111,7 @@ def prune(
     classes: options.Classes = None,
     key: options.Key = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
+    opset: options.Opset = 18,
     dtype: Annotated[
         list[str] | None,
         typer.Option("--dtype", help="Beside model.onnx (fp32) write fp16 or int8; may be repeated."),
@@ -155,6 +157,8 @@ def prune(
     from cahfp_cli.coupling.analysis import cut
     from cahfp_cli.coupling.masking import check_submodel
     from cahfp_cli.data.spec import load_data
+    from cahfp_cli.device.workload import unmodelled_operators
+    from cahfp_cli.export.onnx_file import ExportOptions
     from cahfp_cli.models.tensors import check_can_be_saved, to_array
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.pruning.set_selection import SetOptions
@@ -193,6 +197,8 @@ def prune(
     if found is not None:
         by_set = chosen != "independent"
         samples_of, judging = hold_out(found, samples, seed) if by_set else (subset(found, samples, seed), None)
+    real = samples_of or dataset
+    exporting = ExportOptions(None if real is None else real.x, seed, opset)
     how = SetOptions(
         rounds=rounds,
         compensate=compensate,
@@ -220,7 +226,7 @@ def prune(
                 on_progress=steps_of(progress, number, len(targets)),
             )
             if verify:
-                verified.append(choose_verified(target, network, free, select))
+                verified.append(choose_verified(target, network, free, select, exporting))
                 selections.append(verified[-1].selection)
             else:
                 selections.append(select(target))
@@ -239,6 +245,7 @@ def prune(
     if calibration is not None:
         settings |= {"calibration": portable(calibration), "samples": samples, "seed": seed, "batch_size": batch_size}
         settings |= {"rounds": rounds, "compensate": compensate, "reference": reference, "recalibrate": recalibrate}
+    unmodelled = unmodelled_operators(analysis.traces[0])
     reports = []
     with console.progress("pruning") as progress:
         for target, picked in zip(targets, selections, strict=True):
@@ -250,7 +257,7 @@ def prune(
             if recalibrate and samples_of is not None and recalibrate_norms(submodel, samples_of.x, 2 * batch_size):
                 compact = trained_arrays(submodel, index_map)
             after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
-            report = describe(target, picked, settings, scored, analysis, before, after, shown_data)
+            report = describe(target, picked, settings, scored, analysis, before, after, shown_data, unmodelled)
             for one in verified:
                 report["measured"] = {"latency_seconds": one.seconds, "tries": one.tries}
             if not dry_run:
@@ -258,6 +265,7 @@ def prune(
                     **limits,
                     **settings,
                     **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None}),
+                    **given({"opset": opset if onnx and opset != 18 else None}),
                 }
                 origin = provenance("prune", asked, (*network.files, *((scores,) if scores is not None else ())))
                 metadata = SubmodelMetadata(
@@ -279,13 +287,17 @@ def prune(
                     metadata,
                     report,
                     onnx=onnx,
+                    exporting=exporting,
                     quantised=quantisations(dtypes, target.profile, samples_of, dataset, seed),
                     storage_limit=picked.limits.by_name.get("storage"),
                     force=force,
                 )
+                note_file(console, target.folder, report)
             reports.append({"folder": str(target.folder), **report})
             progress(len(reports), len(targets))
     outcome = "nothing written (--dry-run)" if dry_run else f"wrote {', '.join(r['folder'] for r in reports)}"
+    if unmodelled:
+        console.warn(f"no cost model knows these, which count as copies: {', '.join(unmodelled)}")
     console.result(f"{human(reports)}\n\n{outcome}", {"written": not dry_run, "submodels": reports})
 
 
@@ -465,6 +477,15 @@ def quantisations(
     return [Quantisation(dtype, samples, compared, evaluated is not None, layout) for dtype in dtypes]
 
 
+def note_file(console: Console, folder: Path, report: Json) -> None:
+    """Say what is not to be expected of an ONNX file."""
+    file = report.get("onnx", {})
+    if "side_file" in file:
+        console.note(f"{folder}: the weights of model.onnx are in {file['side_file']}: copy both files together")
+    if "left_out" in file:
+        console.note(f"{folder}: model.onnx leaves out {', '.join(file['left_out'])}, which no file can hold")
+
+
 def steps_of(progress: Callable[[int, int], None], number: int, of: int) -> Callable[[int, int], None]:
     """Progress of one of several equal parts, as progress of the whole."""
     return lambda done, total: progress(number * total + done, of * total)
@@ -504,7 +525,11 @@ def choose(
 
 
 def choose_verified(
-    target: Target, network: "Network", analysis: "Analysis", select: Callable[[Target], "Selection"]
+    target: Target,
+    network: "Network",
+    analysis: "Analysis",
+    select: Callable[[Target], "Selection"],
+    exporting: "ExportOptions",
 ) -> "Verified":
     """Select for this machine, by what it measures. Raises: BudgetError: nothing is fast enough."""
     from cahfp_cli.commands.networks import seconds_here
@@ -515,7 +540,7 @@ def choose_verified(
 
     def measure(picked: "Selection") -> float:
         submodel, _ = cut(network.model, analysis, picked.kept)
-        return seconds_here(submodel.cpu(), network.input_shape, network.input_dtype, threads)
+        return seconds_here(submodel.cpu(), network.input_shape, network.input_dtype, threads, exporting)
 
     return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
 
@@ -529,6 +554,7 @@ def describe(
     before: "Metrics | None",
     after: "Metrics | None",
     data: str | None,
+    unmodelled: Sequence[str],
 ) -> Json:
     """The report of one submodel."""
     groups = analysis.groups
@@ -547,6 +573,7 @@ def describe(
         ],
         "predicted": costs(selection.cost),
         "full": costs(selection.full),
+        "not_modelled": list(unmodelled),
     }
     if scored is not None:
         report["significance_removed"] = float(scored.significance[~selection.kept].sum())

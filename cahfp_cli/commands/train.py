@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cahfp_cli.checkpoint.metadata import Provenance
     from cahfp_cli.commands.networks import Network
     from cahfp_cli.data.dataset import Dataset
+    from cahfp_cli.export.onnx_file import ExportOptions
     from cahfp_cli.training.curvature import Curvature
     from cahfp_cli.training.evaluation import Metrics
     from cahfp_cli.training.sgd import TrainReport
@@ -61,6 +62,7 @@ def train(
         ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="For a submodel: export the trained one.")] = True,
+    opset: options.Opset = 18,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -119,6 +121,13 @@ def train(
         if each is not None:
             check_data(each, network)
 
+    exporting = None
+    if onnx and network.submodel is not None:
+        from cahfp_cli.export.onnx_file import ExportOptions
+
+        exporting = ExportOptions(dataset.x, seed, opset)
+        check_exports(network, exporting)
+
     with console.progress("training") as progress:
 
         def on_epoch(done: int, total: int, epoch: Any) -> None:
@@ -154,6 +163,7 @@ def train(
             "augment": augment,
             "grad_clip": grad_clip,
             "curvature": curvature,
+            "opset": opset if exporting is not None and opset != 18 else None,
         }
     )
     origin = provenance("train", {**options_given, "seed": seed}, network.files)
@@ -161,7 +171,7 @@ def train(
     if network.submodel is None:
         write_checkpoint(output, network, len(dataset), origin, force)
     else:
-        result = write_trained_submodel(output, network, len(dataset), origin, force, onnx, result, measured)
+        result = write_trained_submodel(output, network, len(dataset), origin, force, exporting, result, measured)
     lines = [f"{output}: {len(dataset)} samples, final training loss {result['training']['loss']:.4f}"]
     if metrics is not None:
         lines.append(f"accuracy on {test_data}: {100 * metrics.accuracy:.1f}% ({metrics.samples} samples)")
@@ -202,6 +212,23 @@ def start(
     for remark in unsaved_remarks(network):
         console.warn(remark)
     return Network(network, spec, shape, dtype, outputs, "", (), {}, None)
+
+
+def check_exports(network: "Network", exporting: "ExportOptions") -> None:
+    """Raises: VerificationError: a submodel has no ONNX file yet and cannot have one; said before it is trained."""
+    from tempfile import TemporaryDirectory
+
+    from cahfp_cli.export.onnx_file import export_onnx
+    from cahfp_cli.export.opset import DEFAULT_OPSET
+    from cahfp_cli.models.inputs import torch_type
+    from cahfp_cli.pruning.files import ONNX
+
+    assert network.submodel is not None
+    if (network.submodel.folder / ONNX).is_file() and exporting.opset == DEFAULT_OPSET:
+        return
+    with TemporaryDirectory(prefix="cahfp.") as folder:
+        dtype = torch_type(network.input_dtype)
+        export_onnx(network.model, network.input_shape, Path(folder) / ONNX, {}, dtype=dtype, options=exporting)
 
 
 def describe(
@@ -258,12 +285,13 @@ def write_trained_submodel(
     examples: int,
     origin: "Provenance",
     force: bool,
-    onnx: bool,
+    exporting: "ExportOptions | None",
     result: Json,
     curvature: "Curvature | None",
 ) -> Json:
     """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on, and the
     curvature if it was measured; an old one is of other weights and stays behind."""
+    from cahfp_cli.export.onnx_file import DEFAULTS
     from cahfp_cli.pruning.files import CURVATURE, REPORT
     from cahfp_cli.pruning.report import read_report
     from cahfp_cli.pruning.submodel import trained_arrays, write_submodel
@@ -286,7 +314,8 @@ def write_trained_submodel(
         submodel.index_map,
         metadata,
         {**report, **result},
-        onnx=onnx,
+        onnx=exporting is not None,
+        exporting=exporting or DEFAULTS,
         write_more=write_more,
         force=force,
     )

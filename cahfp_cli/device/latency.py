@@ -61,7 +61,8 @@ class Quantities:
     each for up to `FILTERS` blocks of outputs; waits: operations that there was time for while their sums were awaited.
     moved: bytes of activations read and written, and of the unrolled input that slow convolutions write first.
     reordered: bytes of inputs that come in blocks and are wanted plain, or the other way round, and reorders: how many
-    such inputs. weights: bytes that are read; once: those of products with a single vector. calls: of kernels. lines:
+    such inputs. weights: bytes that are read; once: those of products with a single vector; again: those that are
+    read once more in later turns. calls: of kernels. lines:
     of images that are unrolled or pooled, one channel after another.
     """
 
@@ -74,6 +75,7 @@ class Quantities:
     reorders: Array
     weights: Array
     once: Array
+    again: Array
     calls: Array
     lines: Array
 
@@ -109,7 +111,8 @@ class Kernels:
         ]
         moved = [[(size, ITEM_BYTES) for size in (*operator.reads, *operator.writes)] for operator in operators]
         weights = [[(size, ITEM_BYTES) for size in operator.weights] for operator in operators]
-        self._sums = Sums([*rows, *lines, *channels, *moved, *weights], families)
+        turns = [[(Size(()) if p is None else p.turns, 1)] for p in products]
+        self._sums = Sums([*rows, *turns, *lines, *channels, *moved, *weights], families)
         self._stretches = np.array([np.zeros(len(STRETCHES)) if p is None else stretches(p) for p in products])
         self._stretches = self._stretches.reshape(len(products), len(STRETCHES))
         self._flow = Flow(operators, families, step)
@@ -117,7 +120,7 @@ class Kernels:
 
     def quantities(self, widths: Array) -> Quantities:
         """Of widths, float64 (batch, families)."""
-        rows, lines, inputs, contracted, outputs, moved, weights = np.split(self._sums(widths), 7, axis=1)
+        rows, turns, lines, inputs, contracted, outputs, moved, weights = np.split(self._sums(widths), 8, axis=1)
         groups = inputs / np.maximum(contracted, 1.0)
         classes = self._classes(inputs, contracted, outputs, groups)
 
@@ -140,12 +143,15 @@ class Kernels:
         weights = weights * np.where(of(*UNBLOCKED), 1.0, padding * np.minimum(1.0, FETCHED * self._touched))
         waits = 2 * rows * taps * deep * self._awaited(outputs, groups)
         waits = np.where(of("conv", "narrow"), waits, 0.0)
-        once = np.where(of("odd", "odd_pointwise", "matmul") & (rows == 1), weights, 0.0)
+        once = np.where(of("odd", "odd_pointwise", "matmul") & (rows == turns), weights * turns, 0.0)
+        again = weights * (turns - 1)
         blocked, reordered, reorders = self._flow(widths, of("conv", "depthwise"), of("narrow"), self._convolution)
         classes = np.where(of("pool") & blocked, NUMBER["memory"], classes)
         lines = np.where(classes == NUMBER["memory"], 0.0, lines)
         moved = moved + unrolled
-        return Quantities(classes, operations, loads, waits, moved, reordered, reorders, weights, once, calls, lines)
+        return Quantities(
+            classes, operations, loads, waits, moved, reordered, reorders, weights, once, again, calls, lines
+        )
 
     def _awaited(self, outputs: Array, groups: Array) -> Array:
         """Output channels that a blocked convolution might compute besides, for each position, where it sums up fewer
@@ -292,6 +298,7 @@ class Rates:
         total = found.weights.sum(axis=1, keepdims=True)
         moving = found.moved * self.byte[found.classes] + found.reordered * self.reorder
         moving += found.weights * (self.weight + self.streaming * streamed(total, self.cache)) + found.once * self.once
+        moving += found.again * (self.weight + self.streaming * streamed(found.weights, self.cache))
         computing = found.operations * self.operation[found.classes]
         computing += found.loads * self.load + found.waits * self.wait
         starting = found.calls * self.overhead[found.classes] + found.lines * self.line[found.classes]

@@ -15,6 +15,9 @@ Layout = Literal["plain", "same", "whole"]
 come so; or that only if the channels of each input fill their blocks."""
 
 
+ONCE = Size(())
+
+
 @dataclass(frozen=True)
 class Product:
     """A convolution or matrix product as its kernel sees it: rows x taps x contracted x outputs multiply-accumulates.
@@ -22,7 +25,8 @@ class Product:
     rows: output positions; taps: elements of the kernel. inputs: channels read, contracted: those that each output
     depends on (fewer by the number of groups); outputs: channels written. inside: share of the taps that do not lie
     above or below the image, where kernels leave them out. touched: share of the kernel that meets the image anywhere:
-    of one of 3x3 on an image of one pixel, only the middle is ever read.
+    of one of 3x3 on an image of one pixel, only the middle is ever read. turns: in how many turns, one after the other,
+    the rows are computed, as the steps of a recurrent layer are; each reads the weights anew.
     """
 
     rows: Size
@@ -32,6 +36,7 @@ class Product:
     outputs: Axis
     inside: float = 1.0
     touched: float = 1.0
+    turns: Size = ONCE
 
     @property
     def macs(self) -> Size:
@@ -62,7 +67,8 @@ class Workload:
 
     full_widths: (families,) groups of the unpruned network; parameters: each stored tensor, buffers included, with its
     bytes per element; buffers: activations; live: for each step of execution, the buffers that hold data during it.
-    schedule: the same as ONNX Runtime executes it, None where that is not known.
+    schedule: the same as ONNX Runtime executes it, None where that is not known. unmodelled: names of operators that
+    are taken for copies, since nothing else is known of what they cost.
     """
 
     operators: tuple[Operator, ...]
@@ -72,6 +78,7 @@ class Workload:
     buffers: tuple[Size, ...] = ()
     live: tuple[tuple[int, ...], ...] = ()
     schedule: Schedule | None = None
+    unmodelled: tuple[str, ...] = ()
 
 
 def check(workload: Workload) -> None:

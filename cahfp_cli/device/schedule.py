@@ -8,7 +8,8 @@ from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.device.arena import Schedule, Step, StepKind, Tensor
-from cahfp_cli.device.sizes import Size
+from cahfp_cli.device.composite import RECURRENT, cells_of
+from cahfp_cli.device.sizes import ITEM_BYTES, Axis, Size
 
 RENAMED = frozenset(
     {"view", "_unsafe_view", "_reshape_alias", "reshape", "unsqueeze", "squeeze", "flatten", "detach", "alias"}
@@ -98,6 +99,8 @@ class _Builder:
         read = tuple(self._tensor[value] for value in inputs)
         if operation.name == "addmm" and self._values[out].axes[0].size > 1:
             self._chain(out, read, 1)  # product, then bias
+        elif operation.name in RECURRENT:
+            self._recurrent(operation, read)
         elif operation.name == "gelu":
             self._chain(out, read, 2, again=True)  # scaled, its error function, and the product with the input
         elif operation.name == "_safe_softmax":
@@ -123,6 +126,31 @@ class _Builder:
             last, before = (self.allocate(out),), last
             self._steps.append(Step("plain", before, last))
         self._steps.append(Step("plain", (*last, *read) if again else last, (self._new(out),)))
+
+    def _recurrent(self, operation: Operation, read: tuple[int, ...]) -> None:
+        """Layer by layer a kernel, which holds the gates of all steps meanwhile and what it gives backwards, and the
+        copy that puts its directions side by side; a batch that comes first is put behind the steps before. The widths
+        of recurrent layers are fixed."""
+        x = self._values[operation.inputs[0]]
+        steps = self._size_of(x.axes[:-1]).axes
+        last = read
+        if len(x.axes) == 3 and len(x.axes[0]) == 1:
+            last = (self._made(self._size_of(x.axes).axes),)
+            self._steps.append(Step("plain", read, last))
+        for cells in cells_of(operation, self._values, lambda labels: self._size_of((labels,)).axes[0]):
+            axes = (*steps, replace(cells[0].gives, constant=sum(cell.gives.constant for cell in cells)))
+            found = self._made(axes)
+            held = sum(cell.gates.constant for cell in cells) + sum(cell.gives.constant for cell in cells[1:])
+            self._steps.append(Step("plain", last, (found,), workspace=Size((*steps, Axis(held)))))
+            last = (self._made(axes),)
+            self._steps.append(Step("plain", (found,), last))
+        for value in operation.outputs:
+            self._tensor[value] = last[0] if value == operation.outputs[0] else self.allocate(value)
+
+    def _made(self, axes: tuple[Axis, ...]) -> int:
+        """A new tensor of these axes."""
+        self._tensors.append(Tensor(axes, ITEM_BYTES))
+        return len(self._tensors) - 1
 
     def _safe_softmax(self, out: int, read: tuple[int, ...]) -> None:
         """Scores with their mask, softmax, where it is not a number, and zeros there: a kernel that takes two more."""

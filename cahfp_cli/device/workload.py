@@ -13,6 +13,8 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace, Value
+from cahfp_cli.device.composite import COMPOSITE, describe_composite
+from cahfp_cli.device.modelled import MOVES, NORMS, SUMS, is_pointwise
 from cahfp_cli.device.operators import Kind, Layout, Operator, Product, Workload
 from cahfp_cli.device.schedule import make_schedule
 from cahfp_cli.device.sizes import Axis, Size
@@ -20,6 +22,9 @@ from cahfp_cli.device.sizes import Axis, Size
 Bools = NDArray[np.bool_]
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+VECTOR_PRODUCTS = frozenset({"mv", "addmv", "dot", "vdot"})
+OTHER_PRODUCTS = frozenset({"_cdist_forward", "linear", "addbmm", "_trilinear"})
+"""Products that runtimes compute as they do others, but whose operands come in another form."""
 VIEWS = frozenset(
     {"view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"}
     | {"detach", "alias", "slice", "select", "split", "split_with_sizes", "unbind", "_to_copy", "lift_fresh"}
@@ -41,8 +46,12 @@ POOLS = frozenset({"max_pool2d_with_indices", "max_pool2d", "avg_pool2d"})
 MATH = frozenset(
     {"gelu", "erf", "exp", "tanh", "sigmoid", "silu", "hardswish", "_softmax", "_log_softmax", "native_layer_norm"}
     | {"native_group_norm", "_safe_softmax", "mish", "elu", "pow", "sqrt", "rsqrt", "log", "softplus"}
+    | {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
 )
 """Operators that compute more with each element than moving it."""
+KNOWN = frozenset({"convolution"}).union(
+    PRODUCTS, VECTOR_PRODUCTS, OTHER_PRODUCTS, COMPOSITE, VIEWS, FUSED, SAME, POOLS, MATH, SUMS, NORMS, MOVES
+)
 WINDOW = ("stride", "padding", "dilation")
 """Of a convolution, along each axis."""
 STEPS = {"gelu": 4, "_safe_softmax": 2}
@@ -84,7 +93,15 @@ def make_workload(analysis: Analysis, itemsizes: Mapping[str, int]) -> Workload:
         buffers=tuple(sizes.of(trace.values[value].axes) for value in buffers),
         live=live,
         schedule=make_schedule(trace, depends, folded, sizes.of),
+        unmodelled=unmodelled_operators(trace),
     )
+
+
+def unmodelled_operators(trace: Trace) -> tuple[str, ...]:
+    """Names of operators of which only the bytes are counted, although they may compute much."""
+    depends = depends_on_input(trace)
+    named = {op.name for op in trace.operations if any(depends[value] for value in op.outputs)}
+    return tuple(sorted(name for name in named if name not in KNOWN and not is_pointwise(name)))
 
 
 class Sizes:
@@ -203,6 +220,10 @@ def describe(
         multiplied = Operator(name, "matmul", reads, writes, weights, product)
         biased = operation.name == "addmm" and len(out.axes[0]) > 1  # one row has its bias added inside
         return [multiplied, Operator(f"{name}+bias", "math", writes, writes)] if biased else [multiplied]
+    if operation.name in COMPOSITE:
+        return describe_composite(name, operation, values, reads, sizes.axis)
+    if operation.name in VECTOR_PRODUCTS | OTHER_PRODUCTS:
+        return [Operator(name, "matmul", reads, writes, weights, other_product(operation, values, out, sizes))]
     if operation.name in TRANSPOSED and len(out.axes) > 2:
         return [Operator(name, "memory", reads, writes)]
     if is_folded and operation.name in CLIPS:
@@ -215,6 +236,24 @@ def describe(
     layout: Layout = "same" if operation.name in SAME else "whole" if operation.name in POOLS | {"cat"} else "plain"
     steps = [Operator(f"{name}+{i}", "memory", writes, writes) for i in range(STEPS.get(operation.name, 0))]
     return [Operator(name, moves, reads, writes, weights, layout=layout), *steps]
+
+
+def other_product(operation: Operation, values: Sequence[Value], out: Value, sizes: Sizes) -> Product:
+    """Of products with vectors, of all pairs of rows, of batches that are summed up, and of three factors."""
+    read = [values[value].axes for value in operation.inputs]
+    one, rows = Axis(1), sizes.of(out.axes[:-1])
+    if operation.name in VECTOR_PRODUCTS:
+        inner = sizes.axis((read[-2] if len(read) > 1 else read[0])[-1])
+        return Product(sizes.of(out.axes), 1, inner, inner, one)
+    last = sizes.axis(out.axes[-1])
+    if operation.name == "addbmm":
+        inner = sizes.axis(read[-2][-1])
+        return Product(sizes.of((read[-2][0], *out.axes[:-1])), 1, inner, inner, last)
+    if operation.name == "_trilinear":  # its weight (outputs, n, m) is the middle factor, and all its axes are fixed
+        inner = Axis(prod(len(labels) for labels in read[1][1:]))
+        return Product(rows, 1, inner, inner, last)
+    inner = sizes.axis(read[0][-1])
+    return Product(rows, 1, inner, inner, last)
 
 
 def convolution(operation: Operation, weight: Value, x: Value, out: Value, sizes: Sizes) -> tuple[Kind, Product]:

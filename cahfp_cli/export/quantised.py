@@ -8,6 +8,7 @@ converter, with inputs and outputs left in float32.
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from cahfp_cli.data.dataset import Dataset, Samples
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.int8_layout import Int8Layout
 from cahfp_cli.export.onnx_file import INPUT_NAME, cleaned, quiet
+from cahfp_cli.export.refusals import plain
+from cahfp_cli.export.side_file import LARGEST, side_files
 from cahfp_cli.training import onnx_session
 
 Dtype = Literal["fp16", "int8"]
@@ -92,11 +95,16 @@ def export_quantised(source: Path, path: Path, wanted: Quantisation) -> Quantise
     except VerificationError:
         raise
     except Exception as error:  # the converters and ONNX Runtime raise errors of many kinds
-        raise VerificationError(f"the network cannot be converted to {wanted.dtype}: {first_line(error)}") from error
+        reason = plain(error).rstrip(".")
+        raise VerificationError(
+            f"the network cannot be converted to {wanted.dtype}: {reason}; leave out --dtype {wanted.dtype}"
+        ) from error
     original = onnx.load(source)
     drop_unused_domains(proto, original)
     metadata = {entry.key: entry.value for entry in original.metadata_props}
     proto = cleaned(proto, {**metadata, "cahfp.dtype": wanted.dtype})
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > LARGEST:
+        raise VerificationError(f"the {wanted.dtype} file would have 2 GiB or more: leave out --dtype {wanted.dtype}")
     path.write_bytes(proto.SerializeToString(deterministic=True))
     try:
         comparison = compare(source, path, wanted)
@@ -114,11 +122,9 @@ def to_int8(source: Path, folder: Path, calibration: Samples, layout: Int8Layout
     going to 8 bits and back than they win.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, written = folder / "prepared.onnx", folder / "int8.onnx"
-    quant_pre_process(str(source), str(prepared))
-    normalised = any(node.op_type == "LayerNormalization" for node in onnx.load(prepared).graph.node)
+    prepared, written = prepared_file(source, folder), folder / "int8.onnx"
+    normalised = has_layer_norms(onnx.load(prepared))
     quantize_static(
         str(prepared),
         str(written),
@@ -133,6 +139,24 @@ def to_int8(source: Path, folder: Path, calibration: Samples, layout: Int8Layout
         extra_options={"ActivationSymmetric": layout.symmetric, "MatMulConstBOnly": normalised},
     )
     return onnx.load(written)
+
+
+def prepared_file(source: Path, folder: Path) -> Path:
+    """The file with the shapes of its values written in and its constants computed, as far as ONNX Runtime can: that
+    makes a better int8 file, and none of it is needed."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    for number, skipped in enumerate(({}, {"skip_symbolic_shape": True})):
+        with suppress(Exception):  # of many kinds, for operators whose shapes it cannot infer
+            quant_pre_process(str(source), str(folder / f"prepared.{number}.onnx"), **skipped)
+            return folder / f"prepared.{number}.onnx"
+    return source
+
+
+def has_layer_norms(proto: onnx.ModelProto) -> bool:
+    """Whether it normalises layers; below opset 17 such norms are written out, with a square root each."""
+    below = all(entry.version < 17 for entry in proto.opset_import if entry.domain == "")
+    return any(node.op_type == ("Sqrt" if below else "LayerNormalization") for node in proto.graph.node)
 
 
 def to_fp16(source: Path) -> onnx.ModelProto:
@@ -152,7 +176,9 @@ def check_fp16_range(source: Path, folder: Path, samples: Samples) -> None:
     """
     from onnxruntime.quantization.calibrate import create_calibrator
 
-    copy = shutil.copyfile(source, folder / "fp32.onnx")  # files in between are put beside it
+    copy = shutil.copyfile(source, folder / source.name)  # files in between are put beside it
+    for beside in side_files(source):
+        shutil.copyfile(beside, folder / beside.name)
     calibrator = create_calibrator(copy, None, augmented_model_path=str(folder / "augmented.onnx"))
     calibrator.collect_data(CalibrationReader(samples))
     for name, found in calibrator.compute_data().data.items():

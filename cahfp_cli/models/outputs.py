@@ -1,6 +1,8 @@
 """The tensor of logits, and all tensors, in whatever a network returns."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import nn
@@ -35,13 +37,41 @@ def logits_of(output: object) -> torch.Tensor:
 
 
 def all_tensors_of(output: object) -> list[torch.Tensor]:
-    """The tensors in a network's output, in its order: those within tuples, lists, dictionaries and what else torch's
-    pytrees know; of other objects, such as a transformer's cache, only what `logits_of` would take."""
-    found = []
-    for leaf in torch.utils._pytree.tree_leaves(output):
+    """The tensors in a network's output, in its order, see `leaves`; of other objects what `logits_of` would take."""
+    found: list[torch.Tensor] = []
+    for _, leaf in leaves(output):
         fields = [leaf, *(field(leaf, name) for name in ("logits", "last_hidden_state"))]
         found += [value for value in fields if isinstance(value, torch.Tensor)]
     return found
+
+
+def leaves(
+    output: object, path: tuple[str, ...] = (), within: tuple[object, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Whatever is in an output that holds nothing itself, with the keys that lead to it. Tuples, lists, mappings and
+    objects with tensors as attributes hold something; a transformer's cache, which only a next call could use, does
+    not. Args: within: what holds the output, which may hold itself."""
+    parts = None if any(output is holder for holder in within) else parts_of(output)
+    if parts is None:
+        yield path, output
+        return
+    for key, part in parts:
+        yield from leaves(part, (*path, key), (*within, output))
+
+
+def parts_of(output: object) -> list[tuple[str, object]] | None:
+    """What a container holds, by key; None for anything else."""
+    if isinstance(output, Mapping):
+        return [(str(key), part) for key, part in output.items()]
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return list(zip(output._fields, output, strict=True))
+    if isinstance(output, tuple | list | deque):
+        return [(str(number), part) for number, part in enumerate(output)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(one.name, getattr(output, one.name, None)) for one in fields(output)]
+    attributes = {} if isinstance(output, torch.Tensor | nn.Module) else getattr(output, "__dict__", {})
+    holds_tensors = any(isinstance(part, torch.Tensor) for part in attributes.values())
+    return list(attributes.items()) if holds_tensors else None
 
 
 def field(output: object, name: str) -> object:

@@ -3,6 +3,8 @@
 TENSORS = "submodel.safetensors"
 INDEX_MAP = "index_map.safetensors"
 ONNX = "model.onnx"
+ONNX_WEIGHTS = "model.onnx.data"
+"""Only where they are too large for the file itself."""
 QUANTISED = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 REPORT = "report.json"
 CURVATURE = "curvature.safetensors"

@@ -5,7 +5,8 @@ from pathlib import Path
 from cahfp_cli.checkpoint.metadata import CurvatureMetadata, Record, SubmodelMetadata
 from cahfp_cli.checkpoint.ownership import format_named_by, format_of_file
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.files import CURVATURE, FILES, INDEX_MAP, REPORT, TENSORS
+from cahfp_cli.export.side_file import locations
+from cahfp_cli.pruning.files import CURVATURE, FILES, INDEX_MAP, ONNX, ONNX_WEIGHTS, REPORT, TENSORS
 from cahfp_cli.pruning.index_map import IndexMapMetadata
 from cahfp_cli.pruning.report import read_report
 
@@ -24,6 +25,9 @@ def foreign_in_submodel(folder: Path) -> str | None:
 
 def belongs(path: Path) -> bool:
     """Whether a file is one that a submodel folder has, and one of ours."""
+    if path.name == ONNX_WEIGHTS:  # it holds nothing but numbers: the file that they belong to speaks for it
+        model = path.with_name(ONNX)
+        return path.is_file() and model.is_file() and belongs(model) and path.name in locations(model)
     if path.name not in FILES or not path.is_file():
         return False
     if path.name == REPORT:

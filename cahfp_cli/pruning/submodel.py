@@ -26,8 +26,9 @@ from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.errors import InputError, VerificationError, first_line
-from cahfp_cli.export.onnx_file import export_onnx
+from cahfp_cli.export.onnx_file import DEFAULTS, ExportOptions, export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
+from cahfp_cli.export.side_file import side_files
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, put_in, read_tensors
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.skeleton import outline, skeleton, unsaved_bytes
@@ -138,6 +139,7 @@ def write_submodel(
     report: Mapping[str, Any],
     *,
     onnx: bool = True,
+    exporting: ExportOptions = DEFAULTS,
     quantised: Sequence[Quantisation] = (),
     storage_limit: float | None = None,
     write_more: Callable[[Path], None] = lambda folder: None,
@@ -149,8 +151,8 @@ def write_submodel(
         output: the folder; replaced if it exists and `force`.
         model: the compact network, on the CPU, for the ONNX file; arrays: its tensors as they are stored.
         report: becomes `report.json`, with the ONNX file's size and parity and the provenance added.
-        onnx: whether to export and verify `model.onnx`; quantised: what else to make of that file.
-        storage_limit: bytes that the ONNX file may have.
+        onnx: whether to export and verify `model.onnx`; exporting: how; quantised: what else to make of that file.
+        storage_limit: bytes that the ONNX file may have, with the one beside it where its weights need one.
         write_more: writes what else is to be in the folder, given where it is for now.
     Returns: the report as written.
     Raises: VerificationError: the ONNX file differs from the network or is larger than the limit, or a quantised one
@@ -168,13 +170,17 @@ def write_submodel(
                 folder / ONNX,
                 onnx_metadata(metadata),
                 dtype=torch_type(metadata.input_dtype),
+                options=exporting,
             )
             if storage_limit is not None and file.size > storage_limit:
                 raise VerificationError(
                     f"{output.name}: the ONNX file has {file.size} bytes, more than the storage budget of "
                     f"{storage_limit:.0f}; nothing was kept. Lower --storage by the difference."
                 )
-            written["onnx"] = {"bytes": file.size, "parity": file.parity}
+            written["onnx"] = {"bytes": file.size, "parity": file.parity, "outputs": list(file.outputs)}
+            written["onnx"] |= {"left_out": list(file.left_out)} if file.left_out else {}
+            beside = side_files(folder / ONNX)
+            written["onnx"] |= {"side_file": beside[0].name} if beside else {}
             if quantised:
                 written["quantised"] = {
                     wanted.dtype: quantised_report(output.name, folder, wanted) for wanted in quantised

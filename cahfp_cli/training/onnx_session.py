@@ -11,6 +11,7 @@ from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.models.rows import check_rows
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+LOGITS = "logits"
 FATAL_ONLY = 4
 """ONNX Runtime's log level at which it prints nothing of its own; errors arrive as exceptions."""
 
@@ -54,7 +55,7 @@ def sample_shape(session: Any, path: Path) -> tuple[int, ...]:
 
 
 def class_logits(session: Any, x: Samples, classes: int, path: Path) -> npt.NDArray[Any]:
-    """Logits (n, outputs) of the first output for samples (n, ...); a file of fixed batch size gets a padded batch.
+    """Logits (n, outputs) for samples (n, ...); a file of fixed batch size gets a padded batch.
 
     Raises: InputError: the samples do not fit, or the output is not one row of logits a sample.
     """
@@ -65,8 +66,17 @@ def class_logits(session: Any, x: Samples, classes: int, path: Path) -> npt.NDAr
     return logits
 
 
+def output_of(session: Any) -> str:
+    """The name of the output that holds the logits."""
+    names = [output.name for output in session.get_outputs()]
+    return LOGITS if LOGITS in names else str(names[0])
+
+
 def run(session: Any, x: Samples, path: Path) -> npt.NDArray[Any]:
-    """The first output for a batch. Raises: InputError: the batch does not fit, or ONNX Runtime fails on it."""
+    """The output called `logits`, else the first, for a batch.
+
+    Raises: InputError: the batch does not fit, or ONNX Runtime fails on it.
+    """
     given = session.get_inputs()[0]
     expected = given.shape[1:]
     fits = len(given.shape) == x.ndim and all(
@@ -78,7 +88,7 @@ def run(session: Any, x: Samples, path: Path) -> npt.NDArray[Any]:
             f"the data has {'x'.join(map(str, x.shape[1:]))} {x.dtype}."
         )
     try:
-        output = session.run([session.get_outputs()[0].name], {given.name: x})[0]
+        output = session.run([output_of(session)], {given.name: x})[0]
     except Exception as error:  # see open_session
         raise InputError(f"{path}: ONNX Runtime fails on a batch of {x.shape}: {first_line(error)}") from error
     return np.asarray(output)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.nn import functional as F
 
 from cahfp_cli.coupling.analysis import cut
 from cahfp_cli.errors import VerificationError
@@ -88,6 +89,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from torch import nn
+from torch.nn import functional as F
 from cahfp_cli.export.onnx_file import export_onnx
 torch.manual_seed(0)
 layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
@@ -119,7 +121,7 @@ def test_a_file_that_differs_from_the_network_is_not_kept(tmp_path, monkeypatch,
     monkeypatch.setattr(onnx_file, "cleaned", tampered)
     if change == "shape":
         monkeypatch.setattr(onnx_file, "cleaned", whole)
-        monkeypatch.setattr(onnx_file, "logits_of", lambda output: output[:, :1])
+        monkeypatch.setattr(onnx_file, "named_outputs", lambda output: {"logits": output[:, :1]})
     with pytest.raises(VerificationError, match=r"differs from the network by|gives shape"):
         export_onnx(small(), IMAGE, tmp_path / "model.onnx", METADATA)
     assert list(tmp_path.iterdir()) == []
@@ -164,3 +166,40 @@ def test_export_leaves_the_network_and_the_random_state_alone(tmp_path):
     export_onnx(model, IMAGE, tmp_path / "model.onnx", METADATA)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Pooled(nn.Module):
+    """Pools to sizes that do not divide the image's, which ONNX has no operator for."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(x).flatten(1)
+
+
+POOLS = {
+    "2d": lambda x: F.adaptive_max_pool2d(x, (4, 5)),
+    "1d": lambda x: F.adaptive_max_pool1d(x.flatten(2), 5),
+    "3d": lambda x: F.adaptive_max_pool3d(x[:, None], (1, 4, 5)) + F.adaptive_avg_pool3d(x[:, None], (1, 4, 5)),
+    "indices": lambda x: F.adaptive_max_pool2d(x, (4, 5), return_indices=True)[1].float(),
+    "distances": lambda x: torch.cdist(x.flatten(2), x.flatten(2) + 1),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_operators_that_the_exporter_does_not_know_are_said_in_others(tmp_path, pool):
+    assert export_onnx(Pooled(POOLS[pool]), IMAGE, tmp_path / "model.onnx", METADATA).parity <= 1e-4
+    x = torch.rand(3, *IMAGE)
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", x), POOLS[pool](x).flatten(1).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(lambda x: torch.linalg.inv(x + 9 * torch.eye(6)), "linalg_inv_ex"), (lambda x: x.cumprod(1), "prod")],
+)
+def test_a_refusal_names_the_operator_and_the_way_out_in_plain_text(tmp_path, function, name):
+    with pytest.raises(VerificationError, match=rf"\w+\.{name}\b.*--no-onnx") as error:
+        export_onnx(Pooled(function), IMAGE, tmp_path / "model.onnx", METADATA)
+    assert str(error.value).isprintable()  # no escape codes, no second line

@@ -341,3 +341,29 @@ def test_layout_of_a_machine(tmp_path, monkeypatch, machine, flags, layout):
 )
 def test_layout_of_a_profile(name, layout):
     assert layout_of_profile(load_profile(name)) == layout
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_graphs_whose_shapes_are_not_inferred_are_converted_all_the_same(tmp_path, dtype):
+    class Fourier(nn.Module):
+        """Filters in frequency; ONNX Runtime's shape inference gives up at its DFT."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 10)
+            self.filter = nn.Parameter(torch.randn(8, 8, 5, 2) * 0.2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x + torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(self.filter), s=(8, 8))
+            return self.head(torch.relu(x).mean((2, 3)))
+
+    source = tmp_path / "model.onnx"
+    torch.manual_seed(0)
+    export_onnx(Fourier().eval(), SHAPE, source, METADATA)
+    test = load_data("digits@test")
+    one = replace(wanted(dtype, layout_of_machine()), compared=replace(test, x=test.x[:1], y=test.y[:1]))
+    export_quantised(source, tmp_path / "q.onnx", one)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node]
+    assert "DFT" in nodes
+    assert dtype == "fp16" or "QuantizeLinear" in nodes

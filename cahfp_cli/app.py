@@ -9,6 +9,7 @@ import typer
 from cahfp_cli import __version__
 from cahfp_cli.commands import evaluate, inspect, options, profile, prune, reconstruct, score, simulate, train
 from cahfp_cli.errors import CahfpError
+from cahfp_cli.output import prepare_streams
 
 app = typer.Typer(
     name="cahfp",
@@ -26,7 +27,7 @@ app.command(cls=options.Command)(reconstruct.reconstruct)
 app.command(cls=options.Command)(inspect.inspect)
 app.command(cls=options.Command)(simulate.simulate)
 
-INTERNAL_ERROR = BROKEN_PIPE = 1
+INTERNAL_ERROR = 1
 INTERRUPTED = 130
 
 
@@ -47,6 +48,7 @@ def root(
 
 def main() -> None:
     """Run the command line; turn every error into one or two lines and its exit code."""
+    prepare_streams()
     try:
         try:
             app()
@@ -56,9 +58,6 @@ def main() -> None:
         if ended.code == INTERRUPTED:  # as Typer ends on Ctrl-C
             sys.stderr.write("interrupted: nothing was left half-written\n")
         raise
-    except BrokenPipeError:  # the reader left early, such as `| head`: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
     except Exception as error:
         if os.environ.get("CAHFP_DEBUG") == "1":
             raise

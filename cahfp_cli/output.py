@@ -1,15 +1,61 @@
 """Where text goes: results to standard output, everything else to standard error."""
 
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (done, total); core packages report through it and know nothing of terminals."""
+
+
+class Patient(io.FileIO):
+    """A standard stream whose reader may leave: what it does not want is dropped, and the work goes on.
+
+    A disk that is full is an error once; what follows is dropped too, so that the interpreter can end.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise
+            return len(memoryview(data).cast("B"))
+
+
+def prepare_streams() -> None:
+    """Make standard streams that neither a reader who leaves nor a name that is no text can break.
+
+    A stream that was closed from the start goes nowhere; else the first file opened would take its number, and get
+    what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    if sys.stdout is sys.__stdout__:  # not those that a caller of `main` has put in their place
+        sys.stdout = patient(1, sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = patient(2, sys.stderr)
+
+
+def patient(number: int, stream: TextIO | None) -> TextIO:
+    """A stream like `stream`, which is None where it was closed, on the file descriptor `number`."""
+    if stream is not None:
+        stream.flush()
+    encoding = "utf-8" if stream is None else stream.encoding
+    buffer = io.BufferedWriter(Patient(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=number == 2 or os.isatty(number))
 
 
 @dataclass(frozen=True)

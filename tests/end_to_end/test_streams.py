@@ -1,7 +1,9 @@
 """Who says what where: results on standard output, everything else on standard error."""
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +68,57 @@ def test_a_reader_that_leaves_early_gets_no_complaint(fleet: Fleet) -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 0
+
+
+def test_a_reader_that_leaves_early_does_not_end_the_work(tmp_path: Path) -> None:
+    steps = ("--epochs", "3", "--threads", "1", "--data", "digits@train[:64]", "--model", "vgg11", "--model-arg")
+    command = [str(COMMAND), "train", *steps, "width=0.0625", "-o", str(tmp_path / "g.safetensors")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=closed, env=environment(), check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "g.safetensors").is_file()
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [("profile list", 0), ("--help", 0), ("profile list --bogus", 2), ("inspect missing", 3)]
+)
+def test_streams_closed_from_the_start_change_no_exit_code(redirection: str, arguments: str, code: int) -> None:
+    command = ["sh", "-c", f'"$0" {arguments} {redirection}', str(COMMAND)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "defect" not in done.stderr
+
+
+def test_a_file_gets_only_its_own_bytes_where_streams_are_closed(fleet: Fleet, tmp_path: Path) -> None:
+    for name, redirection in (("open", ""), ("closed", "<&- >&- 2>&-")):
+        command = f'"$0" score "$1" --criterion l2 --seed 0 -o "$2" {redirection}'
+        arguments = [str(COMMAND), str(fleet.checkpoint), str(tmp_path / name)]
+        assert subprocess.run(["sh", "-c", command, *arguments], env=environment(), check=False).returncode == 0
+    assert (tmp_path / "open").read_bytes() == (tmp_path / "closed").read_bytes()
+
+
+def test_a_full_disk_behind_standard_output_is_said() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [str(COMMAND), "profile", "list"], stdout=full, stderr=subprocess.PIPE, env=environment(), check=False
+        )
+    assert done.returncode == 3
+    assert done.stderr == b"error: input/output: No space left on device\n"
+
+
+def test_a_name_that_is_no_text_can_be_shown(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.json"
+    Path(os.fsdecode(path)).write_text("{")
+    for more in ([], ["--json"]):
+        command = [str(COMMAND).encode(), b"inspect", path, *map(str.encode, more)]
+        for env in ({}, {"LC_ALL": "C"}):
+            done = subprocess.run(command, capture_output=True, env=environment(env), check=False)
+            assert done.returncode == 3, done.stderr
+            assert b"ff.json" in done.stderr
 
 
 def test_errors_are_plain_text_and_debugging_shows_the_traceback(tmp_path) -> None:

@@ -821,17 +821,16 @@ class NamedTupleOutput(Outputs):
 
 
 class Answer:
-    """An output that is an object of one's own, with what the body computed beside the logits."""
+    """An output that is an object of one's own: what it holds are the network's outputs, and keep their widths."""
 
-    def __init__(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.logits, self.hidden = logits, hidden
+    def __init__(self, logits: torch.Tensor, others: torch.Tensor) -> None:
+        self.logits, self.others = logits, others
 
 
 @odd(VECTOR)
 class ObjectOutput(Outputs):
     def forward(self, x: torch.Tensor) -> Answer:
-        x = torch.relu(self.enter(x))
-        return Answer(self.head(x), x)
+        return Answer(*self.both(x))
 
 
 @odd(VECTOR)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from cahfp_cli.pruning.submodel import LoadedSubmodel
 
 
+LONGEST_SHAPE = 200
+"""Characters; torch takes 64 axes, and Python no number of thousands of digits."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network from a checkpoint or a submodel folder; `submodel` is None for the former.
@@ -161,7 +165,8 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if not all(part.isdecimal() and 0 < int(part) < 2**31 for part in parts):
+    if len(text) > LONGEST_SHAPE or not all(part.isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        text = text if len(text) <= LONGEST_SHAPE else f"{text[:LONGEST_SHAPE]}..."
         raise UsageError(f"--input-shape {text!r} is not a shape: write for example 3x32x32 (one sample, no batch).")
     return tuple(int(part) for part in parts)
 

@@ -1,6 +1,7 @@
 """What commands share, so that they read and behave the same everywhere: options, and the class that shows help."""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -10,6 +11,14 @@ from typer.models import ArgumentInfo
 
 MOST, MOST_THREADS, MOST_SEED = 2**31 - 1, 1024, 2**63 - 1
 """Bounds of whole numbers: what libraries count in 32 bits, threads that a process can start, seeds of torch."""
+
+
+def finite(value: float) -> float:
+    """What is computed with, so neither infinite nor no number. Raises: typer.BadParameter: it is."""
+    if not math.isfinite(value):
+        raise typer.BadParameter("give a finite number.")
+    return value
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints, only the result.")]

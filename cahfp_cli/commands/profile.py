@@ -166,8 +166,12 @@ def measure(
     threads: Annotated[
         int, typer.Option(min=1, max=options.MOST_THREADS, help="Threads that ONNX Runtime computes with.")
     ] = 1,
-    uplink: Annotated[float, typer.Option(min=0.001, help="Mbit/s to the server: not measured.")] = 20.0,
-    downlink: Annotated[float, typer.Option(min=0.001, help="Mbit/s from the server: not measured.")] = 100.0,
+    uplink: Annotated[
+        float, typer.Option(min=0.001, callback=options.finite, help="Mbit/s to the server: not measured.")
+    ] = 20.0,
+    downlink: Annotated[
+        float, typer.Option(min=0.001, callback=options.finite, help="Mbit/s from the server: not measured.")
+    ] = 100.0,
     json: options.Json = False,
     quiet: options.Quiet = False,
     force: options.Force = False,

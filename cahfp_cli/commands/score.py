@@ -49,7 +49,12 @@ def score(
         ),
     ] = None,
     shrink: Annotated[
-        float, typer.Option(min=0, help="Standard errors that gate-loss takes off the gradient; 0 keeps it whole.")
+        float,
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            help="Standard errors that gate-loss takes off the gradient; 0 keeps it whole.",
+        ),
     ] = 1.0,
     interactions: Annotated[
         bool, typer.Option("--interactions/--no-interactions", help="Keep how groups stand in for one another.")

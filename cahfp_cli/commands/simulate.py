@@ -45,7 +45,8 @@ def simulate(
         str, typer.Option("--backend", help="Run clients in this process (local) or as nodes of Flower (flower).")
     ] = "local",
     deadline: Annotated[
-        float, typer.Option("--deadline", min=1, help="Seconds that a node of Flower has to answer.")
+        float,
+        typer.Option("--deadline", min=1, callback=options.finite, help="Seconds that a node of Flower has to answer."),
     ] = 600.0,
     jobs: Annotated[
         int,

@@ -22,7 +22,7 @@ SIZE_EXAMPLES = "64MB (10^6 bytes), 2MiB (2^20 bytes), 512KB"
 LIMIT_EXAMPLES = "0.5 (half of the full network), 30M, 1.2G"
 SHARE_EXAMPLES = "0.5, 0.25"
 
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d{1,3})?\s*([A-Za-zµμ]*)\s*", re.ASCII)
+_QUANTITY = re.compile(r"\s*(\d{1,99}(?:\.\d{0,99})?|\.\d{1,99})(e[+-]?\d{1,3})?\s*([A-Za-zµμ]*)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)

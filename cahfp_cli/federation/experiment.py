@@ -18,8 +18,8 @@ from cahfp_cli.federation.partition import ON_DEVICE, parse_partition
 from cahfp_cli.reconstruction.rules import RULES
 from cahfp_cli.significance.registry import find_criterion
 
-Whole = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
+Whole = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, lt=1e30)]
@@ -73,10 +73,10 @@ class Training(Record):
 
     epochs: Whole = 1
     steps: Whole | None = None
-    batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
+    batch_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 32
     lr: LearningRate = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, lt=1e30)] = 5e-4
     schedule: Literal["constant", "cosine"] = "constant"
     balanced: Annotated[bool, Field(strict=True)] = False
 
@@ -122,7 +122,7 @@ class Evaluation(Record):
 
     every: Whole = 5
     tuning_lr: LearningRate | None = None
-    samples: Annotated[int, Field(strict=True, ge=2)] = 64
+    samples: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 64
     bound_terms: Annotated[bool, Field(strict=True)] = False
 
 

@@ -188,7 +188,7 @@ def check_options(options: TrainOptions) -> None:
         "batch-size must be 1 or more": options.batch_size >= 1,
         "lr must be positive, and below 1e30": 0 < options.lr < 1e30,
         "momentum must be in 0..1, 1 excluded": 0 <= options.momentum < 1,
-        "weight-decay must be 0 or more": 0 <= options.weight_decay < math.inf,
+        "weight-decay must be 0 or more, and below 1e30": 0 <= options.weight_decay < 1e30,
         "schedule must be cosine or constant": options.schedule in ("cosine", "constant"),
         "label-smoothing must be in 0..1, 1 excluded": 0 <= options.label_smoothing < 1,
         "grad-clip must be positive": options.grad_clip is None or 0 < options.grad_clip < math.inf,

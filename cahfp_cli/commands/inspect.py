@@ -1,5 +1,9 @@
-"""`cahfp inspect`: what any file of ours says of itself. Only `--groups` imports torch, only `--plot` matplotlib."""
+"""`cahfp inspect`: what any file of ours says of itself.
 
+Only `--groups` and an experiment's TOML import torch, only `--plot` matplotlib.
+"""
+
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +16,7 @@ from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
     from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile
+    from cahfp_cli.checkpoint.sharded import ShardedCheckpoint
 
 CHECKPOINT, SUBMODEL, INDEX_MAP, CURVATURE, SCORES = (
     "cahfp.checkpoint/1",
@@ -20,6 +25,13 @@ CHECKPOINT, SUBMODEL, INDEX_MAP, CURVATURE, SCORES = (
     "cahfp.curvature/1",
     "cahfp.scores/1",
 )
+PARTIAL, RECONSTRUCTION = "cahfp.partial/1", "cahfp.reconstruction/1"
+EXPERIMENT, STATE, SUMMARY = "experiment.json", "state.json", "summary.json"
+MEMORY = frozenset({"scores", "scored", "masks"})
+"""What `cahfp simulate` writes, see `federation`, which would import torch: names of files, and tensors of a memory."""
+FIGURES = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<svg", ".pdf": b"%PDF-"}
+PAGE = re.compile(r'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>([^<]*)</title>')
+MOST_BYTES = 2**28
 
 
 def inspect(
@@ -27,7 +39,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="ANY_FILE_OF_OURS",
-            help="Checkpoint, scores, index map, curvature, submodel folder, report.json, model.onnx or profile.",
+            help="Anything that a command wrote: checkpoint, scores, submodel folder, report, profile, simulation, ...",
         ),
     ],
     groups: Annotated[
@@ -162,46 +174,200 @@ def shortened(names: list[str], most: int = 3) -> str:
 
 def describe(path: Path) -> Json:
     """Everything worth knowing about a file or folder. Raises: InputError: it is none of ours, or damaged."""
+    from cahfp_cli.checkpoint.sharded import SUFFIX
+    from cahfp_cli.pruning.files import ONNX_WEIGHTS
+
     if path.is_dir():
         return describe_folder(path)
     if not path.exists():
         raise InputError(f"{path}: no such file.")
-    match path.suffix:
+    if path.name.endswith(SUFFIX):
+        return describe_shards(path)
+    head: Json = {"file": str(path), "bytes": path.stat().st_size}
+    if path.name == ONNX_WEIGHTS:
+        return {**head, **describe_weights(path)}
+    match path.suffix.lower():
         case ".onnx":
             return describe_onnx(path)
         case ".toml":
-            from cahfp_cli.device.profile import read_profile
-
-            profile = read_profile(path)
-            return {"kind": "device profile", "file": str(path), **profile.model_dump(mode="json", exclude_none=True)}
+            return {**describe_toml(path), "file": str(path)}
         case ".json":
-            from cahfp_cli.pruning.report import read_report
-
-            return {"kind": "report", "file": str(path), **read_report(path)}
+            return {**describe_json(path), "file": str(path)}
+        case ".jsonl":
+            return {**head, **describe_figures(path)}
+        case ".html":
+            return {**head, **describe_page(path)}
+        case suffix if suffix in FIGURES:
+            return {**head, **describe_figure(path)}
         case _:
             from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 
             with open_safetensors(path) as file:
-                return {"file": str(path), "bytes": path.stat().st_size, **describe_tensors(file)}
+                return {**head, **describe_tensors(file), **part_of(path)}
 
 
 def describe_folder(path: Path) -> Json:
-    """A submodel folder, or one of several of them as `cahfp prune` writes it."""
+    """A submodel folder, several of them as `cahfp prune` writes them, a checkpoint in shards, a simulation, a run."""
+    from cahfp_cli.checkpoint.sharded import SUFFIX, is_sharded
     from cahfp_cli.pruning.files import FILES, TENSORS
 
     if (path / TENSORS).is_file():
         parts = {name: describe(path / name) for name in FILES if (path / name).is_file()}
         return {"kind": "submodel folder", "file": str(path), "files": parts}
+    indices = [path] if is_sharded(path) else [child for child in path.iterdir() if child.name.endswith(SUFFIX)]
+    if len(indices) == 1:
+        return {**describe_shards(indices[0]), "file": str(path)}
+    if (path / EXPERIMENT).is_file():
+        return describe_simulation(path)
+    if (path / STATE).is_file():
+        return {**describe_json(path / STATE), "file": str(path)}
     submodels = sorted(child for child in path.iterdir() if (child / TENSORS).is_file())
     if not submodels:
-        raise InputError(f"{path}: not a submodel folder: it holds no {TENSORS}.")
+        raise InputError(
+            f"{path}: not a submodel folder, nor another that cahfp writes: it holds no {TENSORS}, no index of shards, "
+            f"no {EXPERIMENT} and no {STATE}."
+        )
     return {"kind": "submodels", "file": str(path), "submodels": {s.name: describe_folder(s) for s in submodels}}
 
 
-def describe_tensors(file: "SafetensorsFile") -> Json:
-    """A safetensors file: by the format it names, or as someone else's checkpoint."""
-    import json
+def part_of(path: Path) -> Json:
+    """The kind of a file that is a shard, and the index that names it; nothing of another."""
+    from cahfp_cli.checkpoint.sharded import SUFFIX, files_of, open_checkpoint
 
+    for index in sorted(path.parent.glob(f"*{SUFFIX}")):
+        try:
+            with open_checkpoint(index) as checkpoint:
+                if path in files_of(checkpoint):
+                    return {"kind": "shard", "of": index.name}
+        except InputError:
+            continue
+    return {}
+
+
+def describe_shards(path: Path) -> Json:
+    """A checkpoint in several files, of which the first says what it is."""
+    from cahfp_cli.checkpoint.sharded import files_of, open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        files = files_of(checkpoint)
+        size = sum(file.stat().st_size for file in files)
+        return {"file": str(path), "bytes": size, "shards": len(files) - 1, **describe_tensors(checkpoint)}
+
+
+def describe_simulation(path: Path) -> Json:
+    """What `cahfp simulate` has done so far: rounds of each run that are committed."""
+    runs = []
+    for state in sorted(path.glob(f"runs/*/*/seed*/{STATE}")):
+        partition, method, seed = state.parent.relative_to(path / "runs").parts
+        done = describe_json(state)
+        runs.append({"partition": partition, "method": method, "seed": seed, "rounds": done.get("rounds")})
+    experiment = describe_json(path / EXPERIMENT)
+    return {**experiment, "kind": "simulation", "file": str(path), "finished": (path / SUMMARY).is_file(), "runs": runs}
+
+
+def describe_toml(path: Path) -> Json:
+    """A device profile or an experiment, told apart by a key that every experiment has and no profile."""
+    import tomllib
+
+    from cahfp_cli.device.profile import read_profile
+
+    try:
+        is_experiment = "methods" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        is_experiment = False  # the profile's reader says what is wrong
+    if is_experiment:
+        from cahfp_cli.federation.experiment import read_experiment
+
+        return {"kind": "experiment", **read_experiment(path).model_dump(mode="json", exclude_none=True)}
+    return {"kind": "device profile", **read_profile(path).model_dump(mode="json", exclude_none=True)}
+
+
+def describe_json(path: Path) -> Json:
+    """A report, or what a simulation keeps: by its format, or by the keys that it must have."""
+    from cahfp_cli.checkpoint import strict_json
+    from cahfp_cli.pruning.report import read_report
+
+    content = strict_json.read(
+        path, MOST_BYTES, too_large="it is larger than anything that cahfp writes.", damaged="Make the file again."
+    )
+    if isinstance(content, list) and content and all(is_round(row) for row in content):
+        return {"kind": "state of a run", "rounds": len(content), "last": told(content[-1])}
+    keys = content.keys() if isinstance(content, dict) else set()
+    if keys == {"experiment", "results"} and isinstance(content["results"], list):
+        results = [told(row) for row in content["results"] if isinstance(row, dict)]
+        return {"kind": "summary of a simulation", "results": results}
+    if {"methods", "partitions", "fleet"} <= keys:
+        return {**content, "kind": "experiment"}
+    if keys and content.get("format") == RECONSTRUCTION:
+        return {**content, "kind": "report of a reconstruction"}
+    return {**read_report(path), "kind": "report"}
+
+
+def is_round(row: object) -> bool:
+    """Whether a record is that of a round."""
+    return isinstance(row, dict) and type(row.get("round")) is int
+
+
+def told(row: Json) -> Json:
+    """The figures of a record, without its lists and tables."""
+    return {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
+
+
+def describe_figures(path: Path) -> Json:
+    """The rounds of all runs, a line each."""
+    from cahfp_cli.checkpoint import strict_json
+
+    runs: dict[tuple[str, ...], int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = strict_json.parse(line)
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} is damaged: {error}.") from None
+            if not is_round(row):
+                raise InputError(f"{path}: line {number} is no round of a simulation, so cahfp did not write this.")
+            run = tuple(str(row.get(key)) for key in ("partition", "method", "seed"))
+            runs[run] = runs.get(run, 0) + 1
+    if not runs:
+        raise InputError(f"{path}: it is empty, so cahfp did not write it.")
+    columns = ("partition", "method", "seed", "rounds")
+    rows = [dict(zip(columns, (*run, rounds), strict=True)) for run, rounds in runs.items()]
+    return {"kind": "figures of a simulation", "runs": rows}
+
+
+def describe_page(path: Path) -> Json:
+    """A page of `simulate` or of `reconstruct --html`."""
+    from html import unescape
+
+    with path.open("rb") as file:
+        begin = file.read(4096).decode("utf-8", errors="replace")
+    title = PAGE.match(begin)
+    if title is None:
+        raise InputError(f"{path}: not a page that cahfp wrote.")
+    return {"kind": "page", "title": unescape(title[1])}
+
+
+def describe_figure(path: Path) -> Json:
+    """A figure. Raises: InputError: its content is not what its name says."""
+    with path.open("rb") as file:
+        begin = file.read(1024)
+    if FIGURES[path.suffix.lower()] not in begin:
+        raise InputError(f"{path}: not a figure of the kind that its name says.")
+    return {"kind": "figure"}
+
+
+def describe_weights(path: Path) -> Json:
+    """The numbers of an ONNX file that is too large to hold them. Raises: InputError: there is no such file beside."""
+    from cahfp_cli.pruning.files import ONNX
+    from cahfp_cli.pruning.ownership import belongs
+
+    if not belongs(path):
+        raise InputError(f"{path}: the {ONNX} beside it does not name it, so nobody says whose numbers these are.")
+    return {"kind": "ONNX weights", "of": ONNX}
+
+
+def describe_tensors(file: "SafetensorsFile | ShardedCheckpoint") -> Json:
+    """A safetensors file, or several of one checkpoint: by the format it names, or as someone else's checkpoint."""
     from cahfp_cli.checkpoint.digest import content_digest
     from cahfp_cli.checkpoint.metadata import (
         KEY,
@@ -210,17 +376,22 @@ def describe_tensors(file: "SafetensorsFile") -> Json:
         SubmodelMetadata,
         read_metadata,
     )
+    from cahfp_cli.checkpoint.ownership import format_of
     from cahfp_cli.pruning.index_map import read_index_map
     from cahfp_cli.significance.scores import ScoresMetadata, read_scores
 
     elements = sum(element_count(info.shape) for info in file.tensors.values())
     tensors: Json = {"tensors": len(file.tensors), "elements": elements, "digest": content_digest(file)}
     if KEY not in file.metadata:
+        if file.tensors.keys() == MEMORY and len(file.tensors["masks"].shape) == 2:
+            clients, groups = file.tensors["masks"].shape
+            return {"kind": "memory of a run", **tensors, "clients": clients, "groups": groups}
         return {"kind": "checkpoint (not written by cahfp)", **tensors}
-    try:
-        name = json.loads(file.metadata[KEY]).get("format")
-    except (ValueError, AttributeError, RecursionError):
-        name = None
+    name = format_of(file.metadata)
+    if name == PARTIAL:
+        from cahfp_cli.reconstruction.partial import PartialMetadata
+
+        return {"kind": "partial aggregate", **tensors, **read_metadata(file, PartialMetadata).model_dump(mode="json")}
     if name == SUBMODEL:
         return {"kind": "submodel", **tensors, **read_metadata(file, SubmodelMetadata).model_dump(mode="json")}
     if name == CURVATURE:

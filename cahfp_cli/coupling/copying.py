@@ -23,8 +23,6 @@ Memo = dict[int, Any]
 """Of every object met so far its copy, by the original's id: only what the network itself keeps alive may be noted."""
 
 STATE_METHODS = ("__getstate__", "__setstate__", "__reduce_ex__")
-ORDINARY = [getattr(nn.Module, name) for name in STATE_METHODS] + [nn.modules.conv._ConvNd.__setstate__]
-"""What copies attributes and no more; a convolution's adds those that files of old versions lack."""
 PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, type, ModuleType})
 CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
 LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
@@ -71,8 +69,8 @@ def copy_modules(model: M, memo: Memo) -> M:
                 "Pass the module that it was scripted from."
             )
         kind: Any = type(module)
-        if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) not in ORDINARY for name in STATE_METHODS):
-            continue  # its own way to be copied
+        if has_own_copy(kind):
+            continue
         memo[id(module)] = shell = kind.__new__(kind)
         shells.append((module, shell))
     for module, shell in shells:
@@ -90,6 +88,15 @@ def copy_modules(model: M, memo: Memo) -> M:
         return copy_value(model, memo)  # type: ignore[no-any-return]
     except UncopyableError as error:
         raise InputError(f"the network, a {type(model).__name__}, cannot be copied: {error}") from error
+
+
+def has_own_copy(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules says itself how it is copied. Asked of `nn.Module` as it is now, since libraries give
+    it methods of their own; a convolution's adds attributes that files of old versions lack, and no more."""
+    convolution = nn.modules.conv._ConvNd.__setstate__
+    return getattr(kind, "__deepcopy__", None) is not getattr(nn.Module, "__deepcopy__", None) or any(
+        getattr(kind, name) not in (getattr(nn.Module, name), convolution) for name in STATE_METHODS
+    )
 
 
 def copy_value(value: Any, memo: Memo) -> Any:

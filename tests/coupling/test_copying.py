@@ -179,3 +179,12 @@ def test_what_has_no_copy_is_named() -> None:
     model.rows = (i for i in range(3))
     with pytest.raises(InputError, match=r"Sequential\.rows holds what has no copy .*generator"):
         clone(model)
+
+
+def test_copies_do_not_depend_on_what_libraries_add_to_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "__deepcopy__", lambda self, memo: self, raising=False)
+    monkeypatch.setattr(nn.Module, "__getstate__", lambda self: vars(self).copy(), raising=False)
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.lock = threading.Lock()
+    copied = clone(model)
+    assert copied is not model and copied[0] is not model[0]

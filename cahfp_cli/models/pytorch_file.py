@@ -75,6 +75,11 @@ def unpickled(path: Path) -> Any:
     """What the file holds, made of tensors and plain data only."""
     damaged = InputError(f"{path}: not a file that torch.save wrote, or a damaged one.")
     try:
+        if holds_script(path):
+            raise InputError(
+                f"{path}: is a TorchScript archive, which holds code. Convert it:\n"
+                "  torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+            )
         check_archive(path)
         # an open file, since torch.load judges paths by their names
         with torch.serialization.safe_globals(PLAIN_DATA), warnings.catch_warnings(), path.open("rb") as file:
@@ -89,17 +94,28 @@ def unpickled(path: Path) -> Any:
             f"{path}: is a pickle that holds code, not only tensors{what}, and is not read. Where you trust it, "
             "convert it:\n  torch.save(torch.load(FILE, weights_only=False).state_dict(), 'weights.pt')"
         ) from error
-    except RuntimeError as error:
-        if "TorchScript" in str(error):
-            raise InputError(
-                f"{path}: is a TorchScript archive, which holds code. Convert it:\n"
-                "  torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
-            ) from error
-        raise damaged from error
-    except (EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, AssertionError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OSError,
+        AssertionError,
+    ) as error:
         raise damaged from error
     except (NotImplementedError, RecursionError, ImportError, OverflowError, zipfile.BadZipFile) as error:
         raise damaged from error
+
+
+def holds_script(path: Path) -> bool:
+    """Whether it is an archive of `torch.jit.save`, by the constants that only these have."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def check_archive(path: Path) -> None:

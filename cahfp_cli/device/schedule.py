@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 
 from cahfp_cli.coupling.meta_run import BATCH_NORMS
 from cahfp_cli.coupling.registry import Axes
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.device.arena import Schedule, Step, StepKind, Tensor
-from cahfp_cli.device.composite import RECURRENT, cells_of
+from cahfp_cli.device.composite import RECURRENT, Cell, cells_of
 from cahfp_cli.device.sizes import ITEM_BYTES, Axis, Size
 
 RENAMED = frozenset(
@@ -128,9 +129,8 @@ class _Builder:
         self._steps.append(Step("plain", (*last, *read) if again else last, (self._new(out),)))
 
     def _recurrent(self, operation: Operation, read: tuple[int, ...]) -> None:
-        """Layer by layer a kernel, which holds the gates of all steps meanwhile and what it gives backwards, and the
-        copy that puts its directions side by side; a batch that comes first is put behind the steps before. The widths
-        of recurrent layers are fixed."""
+        """Layer by layer a kernel and the copy that puts its directions side by side; a batch that comes first is put
+        behind the steps before. The widths of recurrent layers are fixed."""
         x = self._values[operation.inputs[0]]
         steps = self._size_of(x.axes[:-1]).axes
         last = read
@@ -140,8 +140,8 @@ class _Builder:
         for cells in cells_of(operation, self._values, lambda labels: self._size_of((labels,)).axes[0]):
             axes = (*steps, replace(cells[0].gives, constant=sum(cell.gives.constant for cell in cells)))
             found = self._made(axes)
-            held = sum(cell.gates.constant for cell in cells) + sum(cell.gives.constant for cell in cells[1:])
-            self._steps.append(Step("plain", last, (found,), workspace=Size((*steps, Axis(held)))))
+            held = working_memory(cells, prod(length.constant for length in steps))
+            self._steps.append(Step("plain", last, (found,), workspace=Size((Axis(held),))))
             last = (self._made(axes),)
             self._steps.append(Step("plain", (found,), last))
         for value in operation.outputs:
@@ -217,3 +217,13 @@ class _Builder:
     def finish(self) -> Schedule:
         results = frozenset(self._tensor[value] for value in self._results if value in self._tensor)
         return Schedule(tuple(self._tensors), tuple(self._steps), self._given, results)
+
+
+def working_memory(cells: Sequence[Cell], steps: int) -> int:
+    """Numbers that ONNX Runtime's kernel of a recurrent layer holds: the gates of all steps (computed in the output
+    where there is but one), and of the way back what it reads and gives in the order of that way. Beside them stand the
+    states of single steps, in all three and a half times the gates of one."""
+    gates = sum(cell.gates.constant for cell in cells)
+    several = any(cell.gates != cell.holds for cell in cells)
+    turned = sum(cell.reads.constant + cell.gives.constant for cell in cells[1:])
+    return steps * (gates * several + turned) + 7 * gates // 2

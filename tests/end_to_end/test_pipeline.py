@@ -90,7 +90,11 @@ def test_report_has_what_is_promised(fleet: Fleet, device: str) -> None:
     assert report["profile"] == device
     assert report["budget"]["met"] is True
     assert report["predicted"].keys() == report["full"].keys() == COSTS
-    assert report["onnx"].keys() == {"bytes", "parity"}
+    assert report["onnx"].keys() == {"bytes", "parity", "outputs"}
+    assert report["onnx"]["outputs"] == ["logits"]
+    proto = onnx.load(fleet.submodels[device] / "model.onnx")
+    assert ([entry.version for entry in proto.opset_import], proto.ir_version) == ([18], 8)
+    assert report["not_modelled"] == []
     assert 0 <= report["onnx"]["parity"] <= 1e-4
     for when in ("before", "after"):
         assert 0 <= report["evaluation"][when]["accuracy"] <= 1

@@ -143,7 +143,7 @@ def test_the_report_says_how_it_was_selected_and_what_came_of_it(fleet: Fleet, m
 
 
 def test_kept_groups_are_those_of_the_index_map(fleet: Fleet, made: Made) -> None:
-    network = open_network(fleet.checkpoint)
+    network = open_network(fleet.checkpoint, warn=print)
     groups = analyse(network.model, network.input_shape).groups
     kept = np.isin(np.arange(groups.count), made.report["kept_groups"])
     arrays = load_file(made.folder / "index_map.safetensors")
@@ -177,7 +177,7 @@ def test_the_divergence_in_the_report_is_that_of_the_files(fleet: Fleet, made: M
     for name, dataset in {"fitted": fitted, "final": others}.items():
         samples = torch.from_numpy(dataset.x)
         with torch.no_grad():
-            models = (open_network(path).model for path in (fleet.checkpoint, made.folder))
+            models = (open_network(path, warn=print).model for path in (fleet.checkpoint, made.folder))
             p, q = (model(samples).double().log_softmax(1) for model in models)
         expected = float((p.exp() * (p - q)).sum(1).mean())
         assert made.report["divergence"][name] == pytest.approx(expected, rel=1e-4)

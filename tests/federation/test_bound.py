@@ -124,7 +124,8 @@ def test_rounds_carry_the_terms_only_on_request_and_are_otherwise_the_same(tmp_p
         for row, without in zip(one.rows, other.rows, strict=True):
             found = row["bound"]
             assert "bound" not in without
-            assert {k: v for k, v in row.items() if k not in ("bound", "seconds")} == {
+            assert row["bound_missing"] is None
+            assert {k: v for k, v in row.items() if k not in ("bound", "bound_missing", "seconds")} == {
                 k: v for k, v in without.items() if k != "seconds"
             }
             assert all(np.isfinite(value) for value in found.values())

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from forked import Limits, each  # noqa: E402
-from zoo_networks import CLASSES, LIBRARIES, QUICK, TOKENS, Subject, names_of, randomise, subject_of  # noqa: E402
+from zoo_networks import CLASSES, END, LIBRARIES, QUICK, TOKENS, Subject, names_of, randomise, subject_of  # noqa: E402
 
 STAGES = ("coupling", "score", "prune", "onnx", "load", "train", "reconstruct")
 BARS = {"torchvision": 1.0, "timm": 0.97, "transformers": 0.9}
@@ -74,7 +74,9 @@ class Bench:
 
         generator = torch.Generator().manual_seed(1)
         if self.subject.tokens:
-            return torch.randint(3, TOKENS, (count, *self.subject.shape), generator=generator)
+            tokens = torch.randint(3, TOKENS, (count, *self.subject.shape), generator=generator)
+            tokens[:, -1] = END  # where sentences end, which T5 looks for
+            return tokens
         return torch.rand(count, *self.subject.shape, generator=generator)
 
     def write(self) -> None:
@@ -115,7 +117,7 @@ def couple(bench: Bench) -> Record:
 
     model = adapt(copy.deepcopy(bench.model)).eval()
     sample = bench.samples(2)
-    analysis = analyse(model, bench.subject.shape, sample.dtype)
+    analysis = analyse(model, bench.subject.shape, sample.dtype, sample)
     groups = analysis.groups
     parameters = dict(model.named_parameters())
     whole = sum(p.numel() for p in parameters.values())

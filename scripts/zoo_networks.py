@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CLASSES = 4
-TOKENS = 32
+END, TOKENS = 2, 32
 """The size of the transformers' vocabulary."""
 SIDES = (64, 96, 128, 160, 192, 224, 256, 299, 384)
 LIBRARIES = ("torchvision", "timm", "transformers")
@@ -102,7 +102,7 @@ def subject_of(library: str, name: str, folder: Path) -> tuple[Subject, Any]:
 def candidates(library: str, name: str) -> Iterator[Subject]:
     """Subjects with inputs that grow; of networks that have a size in their code, with the argument that sets it."""
     spec = f"{library}:{name}"
-    channels, usual = 3, 224
+    channels, usual = 3, 299 if name == "inception_v3" else 224
     argument = "image_size" if library == "torchvision" else "img_size"
     if library == "timm":
         import timm
@@ -144,7 +144,7 @@ def transformer(name: str, folder: Path) -> Subject:
 def configurations() -> dict[str, tuple[str, dict[str, Any], tuple[int, ...]]]:
     """Name -> (class, configuration, shape of a sample); small and random, grouped queries for Llama."""
     text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    special = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     image: dict[str, Any] = {"image_size": 64}
     tokens, pixels = (16,), (3, 64, 64)
     return {

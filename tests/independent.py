@@ -112,7 +112,11 @@ def masked(model: nn.Module, checkpoint: Tensors, folder: Path) -> nn.Module:
 
     A removed channel's variance stays: a normalisation divides by it, and what it gives is multiplied by zero.
     """
-    _, unexpected = model.load_state_dict(dict(checkpoint), strict=False)
+    state = model.state_dict()  # which notes versions beside its tensors
+    for name in set(state) - set(checkpoint):
+        del state[name]
+    state.update(checkpoint)
+    _, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     done: set[int] = set()

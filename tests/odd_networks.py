@@ -24,7 +24,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils.checkpoint import checkpoint
 
 VECTOR, SEQUENCE, IMAGE, TOKENS = (8,), (5, 8), (2, 8, 8), (6,)
-CLASSES, VOCABULARY = 4, 20
+CLASSES, VOCABULARY, END = 4, 20, 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Odd:
     def samples(self, count: int, seed: int = 1) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
-            return torch.randint(0, VOCABULARY, (count, *self.shape), generator=generator)
+            tokens = torch.randint(0, VOCABULARY, (count, *self.shape), generator=generator)
+            tokens[:, -1] = END
+            return tokens
         return torch.randn(count, *self.shape, generator=generator)
 
 
@@ -280,6 +282,45 @@ class ExtraState(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.relu(self.enter(x)))
+
+
+@odd(VECTOR)
+class ReadsItsVersion(nn.Module):
+    """As torchvision's MNASNet: a state without the version that its own has is refused."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.head = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, CLASSES)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"of version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.enter(x))))
+
+
+@odd(TOKENS, refused="without samples: it takes none that have no end")
+class ReadsTheEnd(nn.Module):
+    """What it knows of a sentence it takes from where that ends, which all must; heads as T5 splits them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.q, self.v = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 24), nn.Linear(16, 24)
+        self.join, self.head = nn.Linear(24, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        ends = tokens.eq(END)
+        if not bool(ends.any(1).all()):
+            raise ValueError("a sentence without end")
+        h = self.enter(tokens)
+        q, v = (part(h).view(len(h), -1, 4, 6).transpose(1, 2) for part in (self.q, self.v))
+        mixed = F.scaled_dot_product_attention(q, q, v).transpose(1, 2).reshape(len(h), -1, 24)
+        h = h + self.join(mixed)
+        return self.head(torch.stack([row[end][-1] for row, end in zip(h, ends, strict=True)]))
 
 
 # --- which parts run ------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Analysis:
     on_meta: whether the model runs on meta tensors; else it was traced on real ones.
     default_dtype: what torch makes tensors in where the model's code names none.
     steered: whether random numbers may decide what runs while it trains.
+    given: the samples that it was traced with, (n, *input_shape), where constants would not do.
     behaviour: what running it showed.
     """
 
@@ -60,12 +61,13 @@ class Analysis:
     on_meta: bool
     default_dtype: torch.dtype
     steered: bool
+    given: torch.Tensor | None = None
     behaviour: Behaviour = field(default_factory=Behaviour)
 
     def subject(self, model: nn.Module) -> Subject:
         """A network of this structure, to be run as the analysed one was."""
         own = to_meta(model) if self.on_meta else clone(model)
-        return Subject(own, self.input_shape, self.dtype, self.on_meta, self.default_dtype, self.steered)
+        return Subject(own, self.input_shape, self.dtype, self.on_meta, self.default_dtype, self.steered, self.given)
 
 
 def analyse(
@@ -80,14 +82,15 @@ def analyse(
         model: any module; not changed. Its tensors may be on any device.
         input_shape: of one sample, without the batch.
         dtype: of the input; integer for token models.
-        samples: (n, *input_shape) of that dtype, at least two, to run it on; random ones are drawn without.
+        samples: (n, *input_shape) of that dtype, at least two, to run it on; random ones are drawn without. The
+            structure is found on shapes or constants, to be the same with any samples or none, unless it refuses these.
     Returns:
         Groups whose removal was tried on a sliced copy, in evaluation and in training mode.
     Raises:
         InputError: the model does not run on such an input, or cannot be copied.
         VerificationError: a copy of it computes something else.
     """
-    analysis = find_groups(model, input_shape, dtype)
+    analysis = find_groups(model, input_shape, dtype, samples)
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
         return analysis  # there are no numbers to compare
     device = device_of(model)
@@ -95,7 +98,9 @@ def analyse(
     return replace(analysis, behaviour=examine(model, given, analysis.default_dtype))
 
 
-def find_groups(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) -> Analysis:
+def find_groups(
+    model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype, samples: torch.Tensor | None = None
+) -> Analysis:
     """As `analyse`, by shapes alone: nothing is computed unless the network reads values."""
     default_dtype = torch.get_default_dtype()
     try:
@@ -104,7 +109,14 @@ def find_groups(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dty
         if any(tensor.is_meta for tensor in tensors_of(model).values()):
             raise
     # The code reads values, or an operator has no shape function: then it runs on the real tensors.
-    return analyse_subject(Subject(clone(model), input_shape, dtype, False, default_dtype))
+    subject = Subject(clone(model), input_shape, dtype, False, default_dtype)
+    try:
+        return analyse_subject(subject)
+    except InputError:
+        if samples is None:
+            raise
+    # It refuses constants, as a network for text may that looks for the end of each sentence.
+    return analyse_subject(replace(subject, given=samples.to(device_of(model))))
 
 
 def analyse_subject(subject: Subject) -> Analysis:
@@ -147,6 +159,7 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
                 subject.on_meta,
                 subject.default_dtype,
                 subject.steered,
+                subject.given,
             )
         if revise_choice_at(couplings, traces, proof.mismatch):
             return None
@@ -219,7 +232,7 @@ def trace(subject: Subject, mode: Mode, couplings: Couplings, labels: Mapping[st
         shape, dtype = "x".join(map(str, subject.input_shape)), str(subject.dtype).removeprefix("torch.")
         raise InputError(
             f"the model does not run on an input of shape {shape} and type {dtype}: {first_line(error)}\n"
-            "Check --input-shape, --input-dtype and --model-arg."
+            "Check --input-shape, --input-dtype and --model-arg; if it reads values, try real samples (--data)."
         ) from error
 
 

@@ -52,7 +52,8 @@ out, and with every second of it, which ties whatever may come to follow one ano
 class Subject:
     """A network that may be run as often as needed: its model, which is left as it is, the shape and dtype of one
     sample, whether its tensors are on the meta device, as they are unless it reads values, and the dtype that torch
-    makes tensors in where its code names none; `steered` if random numbers may decide what runs."""
+    makes tensors in where its code names none; `steered` if random numbers may decide what runs; `given`, (n,
+    *input_shape), what it is run on in place of constants."""
 
     model: nn.Module
     input_shape: tuple[int, ...]
@@ -60,6 +61,7 @@ class Subject:
     on_meta: bool
     default_dtype: torch.dtype
     steered: bool = False
+    given: torch.Tensor | None = None
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -71,7 +73,10 @@ class Subject:
         return clone(self.model)
 
     def sample(self, batch: int) -> torch.Tensor:
-        """A batch of inputs; with values 0.5, or token 1, so that every run sees the same."""
+        """A batch of inputs; with values 0.5, or token 1, so that every run sees the same; of given samples the first,
+        over and over if they are too few."""
+        if self.given is not None:
+            return self.given[torch.arange(batch) % len(self.given)]
         shape = (batch, *self.input_shape)
         if self.on_meta:
             return torch.empty(shape, device="meta", dtype=self.dtype)

@@ -28,7 +28,7 @@ from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.rounds import learning_rate, load_global, situation_of, train_options
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
-from cahfp_cli.models.tensors import state_arrays, to_tensor
+from cahfp_cli.models.tensors import load_state, state_arrays, to_tensor
 from cahfp_cli.pruning.index_map import IndexMap, TensorMap
 from cahfp_cli.significance.measure import subset
 from cahfp_cli.training.evaluation import evaluate, hits_by_class
@@ -206,4 +206,4 @@ def renew_statistics(setting: Setting, network: nn.Module) -> None:
         recalibrate(measured, own.x, size)
         clients.append(merger.admitted(client, state_arrays(measured), len(data), whole))
     pooled = merger.merged(clients, "covered").arrays
-    network.load_state_dict({name: to_tensor(array) for name, array in pooled.items()}, strict=False)
+    load_state(network, {name: to_tensor(array) for name, array in pooled.items()})

@@ -31,7 +31,7 @@ from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import check_tensors
-from cahfp_cli.models.tensors import to_tensor
+from cahfp_cli.models.tensors import load_state, to_tensor
 from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.reconstruction.clients import Client
@@ -74,7 +74,7 @@ def load_global(setting: Setting, checkpoint: Path) -> dict[str, Array]:
         arrays = {name: file.read(name) for name in file.tensors}
     tensors = {name: to_tensor(array.copy()) for name, array in arrays.items()}
     check_tensors(checkpoint, tensors, setting.common.network)
-    setting.common.network.load_state_dict(tensors, strict=False)  # complete up to tied names: check_tensors saw to it
+    load_state(setting.common.network, tensors)  # complete up to tied names: check_tensors saw to it
     return arrays
 
 
@@ -161,7 +161,7 @@ def computes(setting: Setting, arrays: Mapping[str, Array]) -> bool:
     common = setting.common
     samples = common.public or common.test
     assert samples is not None
-    common.network.load_state_dict({name: to_tensor(array) for name, array in arrays.items()}, strict=False)
+    load_state(common.network, {name: to_tensor(array) for name, array in arrays.items()})
     with torch.inference_mode():
         logits = class_logits(common.network, samples.x[:TRIED], common.classes, CPU)
     return bool(torch.isfinite(logits).all())

@@ -34,6 +34,7 @@ from cahfp_cli.models.tensors import (
     dtype_name,
     is_constant,
     is_finite,
+    load_state,
     saved_state,
     state_arrays,
     to_tensor,
@@ -141,7 +142,7 @@ def put_in(path: Path, tensors: Mapping[str, torch.Tensor], network: nn.Module) 
             tensor.data = tensor.data.contiguous()  # expanded: several entries in one place cannot be written
     try:
         # complete up to tied names: check_tensors saw to it
-        unexpected = network.load_state_dict(dict(tensors), strict=False).unexpected_keys
+        unexpected = load_state(network, tensors)
     except Exception as error:  # whatever its hooks raise
         raise InputError(f"{path}: the model does not load its own state: {first_line(error)}") from error
     if unexpected:

@@ -1,5 +1,7 @@
 """Torch's tensors as the arrays that files hold, and back: same type, same bits."""
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -87,6 +89,20 @@ def to_tensor(array: Array) -> torch.Tensor:
 def saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model's state dict: what a checkpoint holds of it. Tied ones stand under each of their names."""
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Put tensors under their state-dict names into a model, in place; what they lack stays as it is.
+
+    They are of the layout that the model's own state dict has today: some modules (torchvision's MNASNet, all batch
+    norms) read the versions that `state_dict` notes beside its tensors, and take a state without them for an old one.
+
+    Returns: the names that the model does not know.
+    Raises: whatever torch or the model's own hooks raise of tensors that do not fit.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict(keep_vars=True)._metadata  # type: ignore[attr-defined]
+    return list(model.load_state_dict(state, strict=False).unexpected_keys)
 
 
 def unsaved_state(model: nn.Module) -> tuple[str, ...]:

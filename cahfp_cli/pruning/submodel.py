@@ -33,7 +33,7 @@ from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, put_in, 
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.skeleton import outline, skeleton, unsaved_bytes
 from cahfp_cli.models.spec import resolve_spec
-from cahfp_cli.models.tensors import saved_state, state_arrays, to_tensor
+from cahfp_cli.models.tensors import load_state, saved_state, state_arrays, to_tensor
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
 from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
@@ -120,7 +120,7 @@ def gather_all(arrays: Mapping[str, Array], index_map: IndexMap) -> dict[str, Ar
 
 def with_arrays(model: M, arrays: Mapping[str, Array]) -> M:
     """The compact network with the numbers that its submodel folder holds, in place."""
-    model.load_state_dict({name: to_tensor(array) for name, array in arrays.items()}, strict=False)
+    load_state(model, {name: to_tensor(array) for name, array in arrays.items()})
     return model
 
 
@@ -244,7 +244,8 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
 
 def install_checked(path: Path, compact: nn.Module, subject: Subject, rewrites: tuple[Rewrite, ...]) -> None:
     """Put a map's rewrites in place. They come from a file, so they may neither break the network nor make it larger:
-    a run on meta tensors shows that, where nothing is allocated; a network that reads values is run on real ones.
+    a run on meta tensors shows that, where nothing is allocated; a network that reads values is run on real ones. Where
+    it refuses our constants whole as well, as one may that looks for the end of each sentence, nothing can be shown.
 
     Args: subject: the full network.
     Raises: InputError: they do not fit the network's code.
@@ -263,6 +264,8 @@ def install_checked(path: Path, compact: nn.Module, subject: Subject, rewrites: 
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
+        if not runs_whole(subject):
+            return
         raise InputError(f"{path}: its rewrites do not fit the network's code: {first_line(error)}") from error
 
 
@@ -277,6 +280,16 @@ def runs_on_meta(path: Path, compact: nn.Module, subject: Subject) -> bool:
     forward(bare, to_meta(compact), bare.modes[0], bare.sample(1), cut_down)
     if cut_down.largest() > full.largest():
         raise InputError(f"{path}: its rewrites make the network larger than the full one; the map is damaged.")
+    return True
+
+
+def runs_whole(subject: Subject) -> bool:
+    """Whether the full network, with weights of no meaning, runs on constants."""
+    full = copy_with(subject.model, lambda _, t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
+    try:
+        forward(subject, full, subject.modes[0], subject.sample(1))
+    except Exception:  # whatever the network's own code raises
+        return False
     return True
 
 

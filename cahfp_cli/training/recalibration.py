@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cahfp_cli.errors import InputError
+from cahfp_cli.models.tensors import load_state
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -47,10 +48,10 @@ def recalibrate(model: nn.Module, x: NDArray[Any], batch_size: int) -> int:
     measured = 0
     for norm, statistics in zip(norms, before, strict=True):
         if norm.num_batches_tracked == 0:
-            norm.load_state_dict(statistics, strict=False)
+            load_state(norm, statistics)
             continue
         measured += 1
-        norm.load_state_dict({"num_batches_tracked": statistics["num_batches_tracked"]}, strict=False)
+        load_state(norm, {"num_batches_tracked": statistics["num_batches_tracked"]})
         if not all(bool(torch.isfinite(buffer).all()) for buffer in norm.buffers()):
             raise InputError("statistics of a batch norm are NaN or Inf on the calibration data")
     return measured

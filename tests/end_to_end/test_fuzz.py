@@ -41,6 +41,12 @@ def test_odd_network_goes_through_every_command_or_is_refused_by_name(number, na
         assert not bench.refusals
 
 
+def test_a_network_that_refuses_constants_is_traced_on_samples(tmp_path):
+    bench = fuzz.bench_of("reads_the_end", tmp_path)
+    faults = fuzz.through_every_command(bench, fuzz.Options(prune=CALIBRATED))
+    assert not faults and not bench.refusals
+
+
 def test_whole_numbers_have_a_least_and_a_largest_value():
     unbounded = [(name, o.words) for name, options in fuzz.commands().items() for o in options if not o.bounded]
     assert not unbounded

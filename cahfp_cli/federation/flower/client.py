@@ -43,7 +43,7 @@ from cahfp_cli.federation.flower.protocol import (
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.rounds import index_map_of, make_task
 from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare_client
-from cahfp_cli.models.tensors import state_arrays, to_tensor
+from cahfp_cli.models.tensors import load_state, state_arrays, to_tensor
 from cahfp_cli.training.device import use_threads
 
 CLIENT_KEYS = ("client", "partition-id")
@@ -176,7 +176,7 @@ def check_names(sent: Mapping[str, Array], own: Mapping[str, Array]) -> None:
 
 
 def load(network: nn.Module, arrays: dict[str, Array]) -> None:
-    network.load_state_dict({name: to_tensor(array.copy()) for name, array in arrays.items()}, strict=False)
+    load_state(network, {name: to_tensor(array.copy()) for name, array in arrays.items()})
 
 
 def blank(shape: tuple[int, ...], like: Array) -> Array:

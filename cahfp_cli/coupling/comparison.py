@@ -4,8 +4,6 @@ A slice is proved operator by operator on shapes; this is the second net, on num
 not, or the other way round, passes every check of shapes and gives other results.
 """
 
-import copy
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.models.outputs import all_tensors_of
-from cahfp_cli.models.tensors import same_numbers
+from cahfp_cli.models.undisturbed import undisturbed
 
 SAMPLES = 2
 """Looked at at once: the fewest that can influence one another."""
@@ -140,30 +138,6 @@ def distance(a: Outputs, b: Outputs) -> float:
             scale = float(torch.where(one.isfinite(), one, 0).abs().max())
             worst = max(worst, float(gap.max()) / max(scale, torch.finfo(torch.float32).tiny))
     return worst
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what running a network changes in it: its modules' attributes, what lists, dictionaries and sets among
-    them hold, and its buffers."""
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    values = (value for _, own in attributes for value in own.values())
-    held = [(value, copy.copy(value)) for value in values if isinstance(value, dict | list | set | deque)]
-    dense = (buffer for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta)
-    buffers = [(buffer, buffer.clone()) for buffer in dense]
-    try:
-        yield
-    finally:
-        for module, own in attributes:
-            vars(module).clear()
-            vars(module).update(own)
-        for value, content in held:
-            value.clear()
-            value.extend(content) if isinstance(value, list | deque) else value.update(content)
-        with torch.no_grad():
-            for buffer, own_values in buffers:
-                if not same_numbers(buffer, own_values):
-                    buffer.copy_(own_values)
 
 
 @contextmanager

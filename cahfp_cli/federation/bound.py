@@ -28,6 +28,7 @@ from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.client import CPU
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.pruning.index_map import Indices, selector
 from cahfp_cli.training.logits import backward, class_logits
 
@@ -128,7 +129,7 @@ def measured(network: nn.Module, data: Dataset, size: int) -> Measured:
 
 def mean_loss(network: nn.Module, data: Dataset, size: int) -> float:
     """In nats."""
-    with torch.inference_mode():
+    with undisturbed(network), torch.inference_mode():
         return sum(
             len(y) / len(data) * float(batch_loss(network, x, y, data.classes)) for x, y in batches(data, size, seed=0)
         )

@@ -32,6 +32,7 @@ from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
 from cahfp_cli.models.checkpoint_io import check_tensors
 from cahfp_cli.models.tensors import load_state, to_tensor
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.reconstruction.clients import Client
@@ -162,7 +163,7 @@ def computes(setting: Setting, arrays: Mapping[str, Array]) -> bool:
     samples = common.public or common.test
     assert samples is not None
     load_state(common.network, {name: to_tensor(array) for name, array in arrays.items()})
-    with torch.inference_mode():
+    with undisturbed(common.network), torch.inference_mode():
         logits = class_logits(common.network, samples.x[:TRIED], common.classes, CPU)
     return bool(torch.isfinite(logits).all())
 

@@ -40,6 +40,7 @@ from cahfp_cli.models.tensors import (
     to_tensor,
     unsaved_state,
 )
+from cahfp_cli.models.undisturbed import undisturbed
 
 MOST_NAMED = 3
 
@@ -259,7 +260,7 @@ def check_finite(path: Path, tensors: Mapping[str, torch.Tensor], network: nn.Mo
 def count_outputs(model: nn.Module, input_shape: tuple[int, ...], input_dtype: InputDtype, path: Path) -> int:
     """The number of logits that the network gives for one sample of zeros. Raises: InputError: it does not run."""
     try:
-        with torch.inference_mode():
+        with undisturbed(model), torch.inference_mode():
             return logits_of(model(torch.zeros(1, *input_shape, dtype=torch_type(input_dtype)))).shape[-1]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise InputError(

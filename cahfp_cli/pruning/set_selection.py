@@ -19,6 +19,7 @@ from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.device.cost import CostModel
 from cahfp_cli.errors import InputError
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.pruning.budget import Budget, Limits, values_of
 from cahfp_cli.pruning.compensation import DAMPING, FoldedWeights, Gates, compensated, foldable, gauss_newton
 from cahfp_cli.pruning.greedy import remove_to_fit
@@ -177,7 +178,8 @@ class PrunedNetwork:
         logits = predict(model, self._samples, options.batch_size)
         check_finite(logits, calibration)  # no round may look at the sample that makes it so
         self._classes, self._reference = compared(logits, labels)
-        self._reach = find_reach(model, analysis.groups, self._samples, options.batch_size)
+        with undisturbed(model):
+            self._reach = find_reach(model, analysis.groups, self._samples, options.batch_size)
         self._movable = foldable(model, analysis)
         self._round = 0
         self._ahead: torch.Tensor | None = logits.gather(1, self._classes)[self._rows(1)]  # of the next round's samples

@@ -20,6 +20,7 @@ from torch import nn
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups, Consumer
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.outputs import class_rows, run_network
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.significance.consumers import ConsumerInputs, Reach, logits_without
 
 EXACT_CLASSES = 16
@@ -194,7 +195,8 @@ def predict(model: nn.Module, samples: torch.Tensor, batch_size: int) -> torch.T
     Raises: InputError: it fails on the samples, or does not give one row of logits a sample.
     """
     batches = torch.split(samples, batch_size)
-    return torch.cat([class_rows(run_network(model, batch), len(batch)) for batch in batches])
+    with undisturbed(model):
+        return torch.cat([class_rows(run_network(model, batch), len(batch)) for batch in batches])
 
 
 def gate_jacobian(

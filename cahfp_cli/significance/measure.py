@@ -11,6 +11,7 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.tensors import state_arrays
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.significance.registry import SHRINK, Criterion, Evidence
 from cahfp_cli.significance.statistics import Floats, GateStatistics, gate_statistics
 
@@ -74,13 +75,26 @@ def measure(
     """Apply a criterion.
 
     Args:
-        model: on the device to compute on.
+        model: on the device to compute on; left as it was.
         calibration: needed by criteria that look at data.
     Raises: InputError: a score is not finite, or gates cannot be measured.
     """
-    gates = None
     if criterion.needs != "weights" and calibration is None:
         raise ValueError(f"{criterion.name} needs calibration data")
+    with undisturbed(model):
+        return measured(model, groups, criterion, calibration, how, on_progress)
+
+
+def measured(
+    model: nn.Module,
+    groups: ChannelGroups,
+    criterion: Criterion,
+    calibration: Dataset | None,
+    how: Measuring,
+    on_progress: Callable[[int, int], None],
+) -> Measured:
+    """As `measure`, on a network that may be changed by it."""
+    gates = None
     if criterion.needs == "gates" and calibration is not None:
         gates = gate_statistics(
             model,

@@ -15,6 +15,7 @@ from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset, Labels
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.random_streams import random_streams
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.training import onnx_session
 from cahfp_cli.training.logits import class_logits
 
@@ -31,21 +32,19 @@ class Metrics:
 
 
 def evaluate(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device) -> Metrics:
-    """Measure a module, moved to `device`; its training mode is left as it was. What it draws at random, it draws alike
+    """Measure a module, moved to `device` and else left as it was. What it draws at random, it draws alike
     every time.
 
     Raises: InputError: the data does not fit the model, or the outputs are not finite.
     """
-    was_training = model.training
-    model.to(device).eval()
-    try:
-        with torch.inference_mode(), random_streams(0, () if device.type == "cpu" else (device,)):
-            return measure(
-                (class_logits(model, x, dataset.classes, device).cpu().double().numpy(), y)
-                for x, y in batches(dataset, batch_size, seed=None)
-            )
-    finally:
-        model.train(was_training)
+    model.to(device)
+    streams = random_streams(0, () if device.type == "cpu" else (device,))
+    with undisturbed(model), torch.inference_mode(), streams:
+        model.eval()
+        return measure(
+            (class_logits(model, x, dataset.classes, device).cpu().double().numpy(), y)
+            for x, y in batches(dataset, batch_size, seed=None)
+        )
 
 
 def hits_by_class(model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device) -> npt.NDArray[np.int64]:
@@ -54,7 +53,7 @@ def hits_by_class(model: nn.Module, dataset: Dataset, batch_size: int, device: t
     Raises: InputError: the data does not fit the model.
     """
     hits = np.zeros(dataset.classes, np.int64)
-    with torch.inference_mode():
+    with undisturbed(model), torch.inference_mode():
         for x, y in batches(dataset, batch_size, seed=None):
             right = class_logits(model, x, dataset.classes, device).argmax(1).cpu().numpy() == y
             hits += np.bincount(y[right], minlength=dataset.classes)

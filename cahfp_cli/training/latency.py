@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cahfp_cli.errors import InputError, first_line
+from cahfp_cli.models.undisturbed import undisturbed
 from cahfp_cli.training import onnx_session
 
 WARM_UP = 5
@@ -45,12 +46,11 @@ def latency(
     runs: int = RUNS,
     dtype: torch.dtype = torch.float32,
 ) -> Latency:
-    """Latency of a module, moved to `device`, on one sample of zeros; its training mode is left as it was.
+    """Latency of a module, moved to `device` and else left as it was, on one sample of zeros.
 
     Raises: InputError: the model does not run on that shape.
     """
-    was_training = model.training
-    model.to(device).eval()
+    model.to(device)
     sample = torch.zeros(1, *input_shape, dtype=dtype, device=device)
 
     def forward() -> None:
@@ -58,13 +58,12 @@ def latency(
         synchronise(device)
 
     try:
-        with torch.inference_mode():
+        with undisturbed(model), torch.inference_mode():
+            model.eval()
             return time_calls(forward, runs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = "x".join(map(str, input_shape))
         raise InputError(f"the model fails on one sample of {shape}: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
 
 
 def latency_onnx(path: Path, threads: int | None = None, runs: int = RUNS) -> Latency:

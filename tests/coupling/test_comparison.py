@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from cahfp_cli.coupling.analysis import analyse, cut
-from cahfp_cli.coupling.comparison import in_double, undisturbed
+from cahfp_cli.coupling.comparison import in_double
 from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.masking import check_submodel, masked
 from cahfp_cli.errors import InputError, VerificationError
+from cahfp_cli.models.undisturbed import undisturbed
 
 
 class Net(nn.Module):

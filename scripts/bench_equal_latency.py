@@ -25,13 +25,13 @@ from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.measurement import measure_device
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.quantities import Share
-from cahfp_cli.device.stopwatch import seconds_a_call
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.output import table
 from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.selection import Selection
 from cahfp_cli.pruning.set_selection import select_set
-from cahfp_cli.training.evaluation import evaluate
+from cahfp_cli.running.evaluation import evaluate
+from cahfp_cli.running.stopwatch import seconds_a_call
 
 SHARES = (0.7, 0.45)
 PROBES, MOST_PROBES = 4, 10

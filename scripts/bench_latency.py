@@ -35,7 +35,6 @@ from cahfp_cli.device.cost import CostModel, compile_workload
 from cahfp_cli.device.measurement import Measured, measure_device, measured_by, written
 from cahfp_cli.device.microbenchmarks import microbenchmarks
 from cahfp_cli.device.profile import DeviceProfile
-from cahfp_cli.device.stopwatch import seconds_a_call, stopwatch
 from cahfp_cli.device.workload import make_workload
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.models.resnet import resnet18, resnet20, resnet56
@@ -44,6 +43,7 @@ from cahfp_cli.output import table
 from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.selection import Selection, select
 from cahfp_cli.pruning.verified import select_verified
+from cahfp_cli.running.stopwatch import seconds_a_call, stopwatch
 
 PARTS = ("predict", "slower", "budgets")
 LINKS = {name: {"value": 1.0, "unit": "Mbit/s", "source": "not used here"} for name in ("uplink", "downlink")}

@@ -60,15 +60,17 @@ from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError
+from cahfp_cli.formats.files import INDEX_MAP, TENSORS
+from cahfp_cli.formats.gathering import gather
+from cahfp_cli.formats.index_map import IndexMap
+from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.models.vgg import vgg11
 from cahfp_cli.output import table
-from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, gather, write_index_map
 from cahfp_cli.pruning.submodel import make_index_map, trained_arrays, with_arrays
 from cahfp_cli.reconstruction.merge import reconstruct
 from cahfp_cli.reconstruction.updates import is_statistic
-from cahfp_cli.training.evaluation import evaluate
+from cahfp_cli.running.evaluation import evaluate
 from cahfp_cli.training.sgd import TrainOptions, train
 
 CLIENTS = 10

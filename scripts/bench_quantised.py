@@ -32,9 +32,9 @@ from cahfp_cli.export.int8_layout import Int8Layout, has_vnni, is_x86, layout_of
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import CALIBRATION_SAMPLES, Dtype, Quantisation, export_quantised
 from cahfp_cli.models.resnet import resnet18
+from cahfp_cli.running.evaluation import evaluate_onnx
+from cahfp_cli.running.onnx_session import open_session
 from cahfp_cli.significance.measure import subset
-from cahfp_cli.training.evaluation import evaluate_onnx
-from cahfp_cli.training.onnx_session import open_session
 from cahfp_cli.training.sgd import TrainOptions, train
 
 RATIO_BAR = 2.0

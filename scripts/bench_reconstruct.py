@@ -159,7 +159,9 @@ def task_make(folder: str, kind: str, width: int, clients: int, keep: float) -> 
         dump_metadata,
     )
     from cahfp_cli.checkpoint.writer import save_arrays
-    from cahfp_cli.pruning.index_map import IndexMap, TensorMap, gather, write_index_map
+    from cahfp_cli.formats.gathering import gather
+    from cahfp_cli.formats.index_map import IndexMap, TensorMap
+    from cahfp_cli.formats.index_map_file import write_index_map
 
     layout = LAYOUTS[kind](width)
     provenance = Provenance(tool="bench", command="bench_reconstruct")
@@ -260,7 +262,7 @@ def task_torch(checkpoint: str, folders: list[str], output: str) -> Callable[[],
 
     from cahfp_cli.checkpoint.metadata import SubmodelMetadata, read_metadata
     from cahfp_cli.checkpoint.safetensors_file import open_safetensors
-    from cahfp_cli.pruning.index_map import read_index_map
+    from cahfp_cli.formats.index_map_file import read_index_map
 
     torch.set_num_threads(1)
 

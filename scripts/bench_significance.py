@@ -88,11 +88,11 @@ from cahfp_cli.pruning.compensation import FoldedWeights
 from cahfp_cli.pruning.selection import select, strongest, uniform
 from cahfp_cli.pruning.set_selection import SetOptions, select_set
 from cahfp_cli.pruning.target import target_of
+from cahfp_cli.running.evaluation import evaluate
 from cahfp_cli.significance.gates import predict
 from cahfp_cli.significance.measure import Measuring, measure
 from cahfp_cli.significance.registry import find_criterion
 from cahfp_cli.significance.statistics import gate_statistics
-from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.sgd import TrainOptions, train
 
 PARTS = ("ranking", "cost", "sets", "tune", "noniid", "transformer")

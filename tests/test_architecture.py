@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,19 @@ import pytest
 from tests.conftest import COMMAND, Clients, Fleet, environment
 
 PACKAGE = Path(__file__).parents[1] / "cahfp_cli"
-TIERS = (
-    ("errors",),
-    ("coupling", "models", "data", "checkpoint"),
-    ("training", "pruning", "significance", "reconstruction", "device", "export"),
-    ("federation", "plots"),
-    ("commands",),
-    ("app", "__main__"),
+ORDER = (
+    *("__init__", "errors", "factories", "checkpoint", "provenance", "formats"),
+    *("models", "data", "coupling", "running", "training", "device", "export"),
+    *("significance", "pruning", "reconstruction", "plots", "federation"),
+    *("output", "commands", "app", "__main__"),
 )
-# One-file modules at the top of the package that the tiers do not name: the tier that each serves.
-HELPERS = {"__init__": 0, "factories": 1, "provenance": 1, "output": 4}
-TIER = {**{name: number for number, names in enumerate(TIERS) for name in names}, **HELPERS}
-CORE = [name for name, tier in TIER.items() if tier <= 3]
+"""Each imports only what stands before it."""
+RANK = {name: number for number, name in enumerate(ORDER)}
+CORE = ORDER[: RANK["output"]]
 TORCH_FREE = (
     "cahfp_cli.checkpoint",
     "cahfp_cli.reconstruction",
-    "cahfp_cli.pruning.index_map",
-    "cahfp_cli.pruning.files",
-    "cahfp_cli.pruning.report",
+    "cahfp_cli.formats",
     "cahfp_cli.device.profile",
     "cahfp_cli.device.catalogue",
     "cahfp_cli.significance.scores",
@@ -73,11 +67,11 @@ def own(name: str) -> str | None:
     if head != "cahfp_cli":
         return None
     first = rest.partition(".")[0]
-    return first if first in TIER else "__init__"
+    return first if first in RANK else "__init__"
 
 
-def test_every_part_of_the_package_has_its_tier() -> None:
-    assert {part(path) for path in FILES} <= set(TIER)
+def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
+    assert {part(path) for path in FILES} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -85,18 +79,7 @@ def test_imports_point_downwards(path: Path) -> None:
     for name, _ in imports(path):
         target = own(name)
         if target is not None and target != part(path):
-            assert TIER[target] <= TIER[part(path)], f"{part(path)} imports {name}"
-
-
-def test_no_cycle_between_packages_at_module_level() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        targets = {own(name) for name, eager in imports(path) if eager} - {None, part(path), "__init__"}
-        graph.setdefault(part(path), set()).update(target for target in targets if target is not None)
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail(f"cycle of packages: {' -> '.join(error.args[1])}")
+            assert RANK[target] < RANK[part(path)], f"{part(path)} imports {name}"
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -42,10 +42,10 @@ def evaluate(
     from cahfp_cli.device.quantities import format_bytes, format_seconds
     from cahfp_cli.export.side_file import size_of_file
     from cahfp_cli.models.inputs import torch_type
-    from cahfp_cli.training import evaluation
-    from cahfp_cli.training.device import pick_device, use_threads
-    from cahfp_cli.training.latency import latency as time_network
-    from cahfp_cli.training.latency import latency_onnx
+    from cahfp_cli.running import evaluation
+    from cahfp_cli.running.device import pick_device, use_threads
+    from cahfp_cli.running.latency import latency as time_network
+    from cahfp_cli.running.latency import latency_onnx
 
     use_threads(threads)
     if network.suffix == ".onnx":

@@ -175,7 +175,7 @@ def shortened(names: list[str], most: int = 3) -> str:
 def describe(path: Path) -> Json:
     """Everything worth knowing about a file or folder. Raises: InputError: it is none of ours, or damaged."""
     from cahfp_cli.checkpoint.sharded import SUFFIX
-    from cahfp_cli.pruning.files import ONNX_WEIGHTS
+    from cahfp_cli.formats.files import ONNX_WEIGHTS
 
     if path.is_dir():
         return describe_folder(path)
@@ -209,7 +209,7 @@ def describe(path: Path) -> Json:
 def describe_folder(path: Path) -> Json:
     """A submodel folder, several of them as `cahfp prune` writes them, a checkpoint in shards, a simulation, a run."""
     from cahfp_cli.checkpoint.sharded import SUFFIX, is_sharded
-    from cahfp_cli.pruning.files import FILES, TENSORS
+    from cahfp_cli.formats.files import FILES, TENSORS
 
     if (path / TENSORS).is_file():
         parts = {name: describe(path / name) for name in FILES if (path / name).is_file()}
@@ -285,7 +285,7 @@ def describe_toml(path: Path) -> Json:
 def describe_json(path: Path) -> Json:
     """A report, or what a simulation keeps: by its format, or by the keys that it must have."""
     from cahfp_cli.checkpoint import strict_json
-    from cahfp_cli.pruning.report import read_report
+    from cahfp_cli.formats.report import read_report
 
     content = strict_json.read(
         path, MOST_BYTES, too_large="it is larger than anything that cahfp writes.", damaged="Make the file again."
@@ -358,7 +358,7 @@ def describe_figure(path: Path) -> Json:
 
 def describe_weights(path: Path) -> Json:
     """The numbers of an ONNX file that is too large to hold them. Raises: InputError: there is no such file beside."""
-    from cahfp_cli.pruning.files import ONNX
+    from cahfp_cli.formats.files import ONNX
     from cahfp_cli.pruning.ownership import belongs
 
     if not belongs(path):
@@ -377,7 +377,7 @@ def describe_tensors(file: "SafetensorsFile | ShardedCheckpoint") -> Json:
         read_metadata,
     )
     from cahfp_cli.checkpoint.ownership import format_of
-    from cahfp_cli.pruning.index_map import read_index_map
+    from cahfp_cli.formats.index_map_file import read_index_map
     from cahfp_cli.significance.scores import ScoresMetadata, read_scores
 
     elements = sum(element_count(info.shape) for info in file.tensors.values())

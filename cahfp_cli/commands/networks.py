@@ -80,9 +80,9 @@ def open_network(
     Raises: UsageError, InputError: see models/checkpoint_io.py and pruning/submodel.py.
     """
     from cahfp_cli.coupling.adapters import adapt
+    from cahfp_cli.formats.files import INDEX_MAP, TENSORS
     from cahfp_cli.models.checkpoint_io import load_checkpoint
     from cahfp_cli.models.spec import parse_model_args
-    from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
     from cahfp_cli.pruning.submodel import load_submodel
 
     if is_submodel_folder(path):
@@ -206,9 +206,9 @@ def seconds_here(
     """Seconds of a call of a network on this machine's CPU, exported and run in ONNX Runtime."""
     from tempfile import TemporaryDirectory
 
-    from cahfp_cli.device.stopwatch import seconds_a_call
     from cahfp_cli.export.onnx_file import DEFAULTS, export_onnx
     from cahfp_cli.models.inputs import torch_type
+    from cahfp_cli.running.stopwatch import seconds_a_call
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

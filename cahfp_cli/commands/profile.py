@@ -245,8 +245,8 @@ def _network(
     `--input-shape`, `--input-dtype` and `--classes`."""
     from cahfp_cli.checkpoint.metadata import ModelSpec
     from cahfp_cli.commands.networks import open_network, parse_dtype, parse_shape
+    from cahfp_cli.formats.files import TENSORS
     from cahfp_cli.models.spec import build, parse_model_args
-    from cahfp_cli.pruning.files import TENSORS
 
     path = Path(model)
     if path.exists() and path.suffix != ".py":
@@ -266,7 +266,7 @@ def _network(
 def _measured(network: nn.Module, shape: tuple[int, ...], dtype: InputDtype, model: str, threads: int) -> float:
     """Seconds of a call on this machine: of the ONNX file that MODEL names, or of the network as one."""
     from cahfp_cli.commands.networks import seconds_here
-    from cahfp_cli.device.stopwatch import seconds_a_call
+    from cahfp_cli.running.stopwatch import seconds_a_call
 
     if model.endswith(".onnx"):
         return seconds_a_call(Path(model), threads)

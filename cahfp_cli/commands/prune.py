@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cahfp_cli.pruning.selection import Selection
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.verified import Verified
+    from cahfp_cli.running.evaluation import Metrics
     from cahfp_cli.significance.scores import Scores
-    from cahfp_cli.training.evaluation import Metrics
 
 
 T = TypeVar("T")
@@ -164,9 +164,9 @@ def prune(
     from cahfp_cli.pruning.set_selection import SetOptions
     from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
     from cahfp_cli.pruning.target import protected
+    from cahfp_cli.running.device import pick_device, repeatable, use_threads
+    from cahfp_cli.running.evaluation import evaluate
     from cahfp_cli.significance.measure import hold_out, subset
-    from cahfp_cli.training.device import pick_device, repeatable, use_threads
-    from cahfp_cli.training.evaluation import evaluate
     from cahfp_cli.training.recalibration import recalibrate as recalibrate_norms
 
     use_threads(threads)
@@ -465,7 +465,7 @@ def quantisations(
     seed: int,
 ) -> "list[Quantisation]":
     """What to make of one device's ONNX file; compared on `--data`, whose labels count, else on the calibration's."""
-    from cahfp_cli.export.int8_layout import layout_of_machine, layout_of_profile
+    from cahfp_cli.export.int8_layout import layout_for, layout_of_machine
     from cahfp_cli.export.quantised import CALIBRATION_SAMPLES, Quantisation
     from cahfp_cli.significance.measure import subset
 
@@ -473,7 +473,7 @@ def quantisations(
     if not dtypes or seen is None or compared is None:
         return []
     samples = subset(seen, CALIBRATION_SAMPLES, seed).x
-    layout = layout_of_profile(profile) if profile else layout_of_machine()
+    layout = layout_for(profile.runtime.architecture, profile.runtime.provider) if profile else layout_of_machine()
     return [Quantisation(dtype, samples, compared, evaluated is not None, layout) for dtype in dtypes]
 
 

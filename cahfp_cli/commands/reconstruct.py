@@ -105,8 +105,8 @@ def reconstruct(
 ) -> None:
     """Merge client submodels back into one global checkpoint."""
     from cahfp_cli.checkpoint.atomic import check_file_target, check_no_input
+    from cahfp_cli.formats.files import FILES
     from cahfp_cli.provenance import provenance
-    from cahfp_cli.pruning.files import FILES
     from cahfp_cli.reconstruction import merge
     from cahfp_cli.reconstruction.allocator import keep_freed_memory
     from cahfp_cli.reconstruction.round import Step

@@ -92,11 +92,11 @@ def score(
 
     from cahfp_cli.data.spec import load_data
     from cahfp_cli.provenance import portable, provenance
+    from cahfp_cli.running.device import pick_device, repeatable, use_threads
     from cahfp_cli.significance.measure import Measuring, measure, split
     from cahfp_cli.significance.registry import SHRINK, find_criterion
     from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, write_scores
     from cahfp_cli.significance.trust import trust
-    from cahfp_cli.training.device import pick_device, repeatable, use_threads
 
     chosen = find_criterion(criterion)
     looks = {"--top": top is not None, "--draws": draws is not None}

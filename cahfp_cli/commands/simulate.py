@@ -77,7 +77,7 @@ def simulate(
     from cahfp_cli.federation.simulation import simulate as run
     from cahfp_cli.provenance import provenance
     from cahfp_cli.reconstruction.allocator import keep_freed_memory
-    from cahfp_cli.training.device import use_threads
+    from cahfp_cli.running.device import use_threads
 
     asked = read_experiment(experiment)
     use_threads(threads)

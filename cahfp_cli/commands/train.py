@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from cahfp_cli.commands.networks import Network
     from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.export.onnx_file import ExportOptions
+    from cahfp_cli.running.evaluation import Metrics
     from cahfp_cli.training.curvature import Curvature
-    from cahfp_cli.training.evaluation import Metrics
     from cahfp_cli.training.sgd import TrainReport
 
 
@@ -93,9 +93,9 @@ def train(
 
     from cahfp_cli.models.tensors import check_can_be_saved
     from cahfp_cli.provenance import portable, provenance
+    from cahfp_cli.running.device import pick_device, use_threads
+    from cahfp_cli.running.evaluation import evaluate
     from cahfp_cli.training.curvature import measure_curvature
-    from cahfp_cli.training.device import pick_device, use_threads
-    from cahfp_cli.training.evaluation import evaluate
     from cahfp_cli.training.sgd import TrainOptions, check_options
     from cahfp_cli.training.sgd import train as run
 
@@ -138,7 +138,7 @@ def train(
     metrics = evaluate(network.model, tests, 256, where) if tests is not None else None
     measured = None
     if curvature is not None and network.submodel is not None:
-        from cahfp_cli.pruning.index_map import weights_of
+        from cahfp_cli.formats.index_map import weights_of
 
         if len(dataset) < curvature:
             console.warn(f"{data} has only {len(dataset)} samples, fewer than --curvature {curvature}")
@@ -220,8 +220,8 @@ def check_exports(network: "Network", exporting: "ExportOptions") -> None:
 
     from cahfp_cli.export.onnx_file import export_onnx
     from cahfp_cli.export.opset import DEFAULT_OPSET
+    from cahfp_cli.formats.files import ONNX
     from cahfp_cli.models.inputs import torch_type
-    from cahfp_cli.pruning.files import ONNX
 
     assert network.submodel is not None
     if (network.submodel.folder / ONNX).is_file() and exporting.opset == DEFAULT_OPSET:
@@ -292,8 +292,8 @@ def write_trained_submodel(
     """A submodel folder again: trained tensors, the same index map, a new ONNX file, the report carried on, and the
     curvature if it was measured; an old one is of other weights and stays behind."""
     from cahfp_cli.export.onnx_file import DEFAULTS
-    from cahfp_cli.pruning.files import CURVATURE, REPORT
-    from cahfp_cli.pruning.report import read_report
+    from cahfp_cli.formats.files import CURVATURE, REPORT
+    from cahfp_cli.formats.report import read_report
     from cahfp_cli.pruning.submodel import trained_arrays, write_submodel
     from cahfp_cli.training.curvature import write_curvature
 

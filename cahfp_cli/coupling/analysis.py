@@ -21,12 +21,12 @@ from cahfp_cli.coupling.groups import ChannelGroups, solve
 from cahfp_cli.coupling.meta_run import Mode, Subject
 from cahfp_cli.coupling.reach import pin_unreached
 from cahfp_cli.coupling.registry import Axes, Couplings
-from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.coupling.trace import Trace, TracerError, labels_of_parameters, run
 from cahfp_cli.coupling.verification import Mismatch, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
+from cahfp_cli.formats.rewrites import Rewrite
 
 assert rules.__all__  # importing the package fills the registry
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from cahfp_cli.coupling.rewrites import Number
+from cahfp_cli.formats.rewrites import Number
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # the exporter runs code with symbols for sizes
 

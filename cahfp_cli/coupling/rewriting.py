@@ -32,7 +32,7 @@ from cahfp_cli.coupling.calls import (
 )
 from cahfp_cli.coupling.module_stack import ModuleStack
 from cahfp_cli.coupling.registry import Axes, Couplings
-from cahfp_cli.coupling.rewrites import Number, Rewrite
+from cahfp_cli.formats.rewrites import Number, Rewrite
 
 M = TypeVar("M", bound=nn.Module)
 Numbers = Mapping[Number, Number]

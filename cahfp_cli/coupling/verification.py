@@ -19,11 +19,11 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.meta_run import Mode, Subject, forward
 from cahfp_cli.coupling.module_stack import ModuleStack
 from cahfp_cli.coupling.operator_log import Logged, OperatorLog
-from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import CallFollower, Contradiction, UnforeseenNumberError, install, rewrites_of
 from cahfp_cli.coupling.slicing import clone, slice_module
 from cahfp_cli.coupling.trace import Operation, Trace
 from cahfp_cli.errors import first_line
+from cahfp_cli.formats.rewrites import Rewrite
 
 Mask = NDArray[np.bool_]
 

@@ -8,7 +8,12 @@ import numpy.typing as npt
 
 from cahfp_cli.checkpoint.metadata import InputDtype
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.rows import ONE_OUTPUT
+
+ONE_OUTPUT = (
+    "one number a sample: a softmax over one entry is always 1, so loss, accuracy and curvature say nothing.\n"
+    "Give the network two outputs (of a logit z: 0 and z), or do without samples: score --criterion l2, prune without "
+    "--calibration and --data."
+)
 
 Samples = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]

@@ -18,7 +18,7 @@ from cahfp_cli.device.latency import CLASSES
 from cahfp_cli.device.microbenchmarks import Microbenchmark, microbenchmarks
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Array
-from cahfp_cli.device.stopwatch import stopwatch
+from cahfp_cli.running.stopwatch import stopwatch
 
 COPIED = 256 * 2**20
 """Bytes of an array that no cache holds."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cahfp_cli.device.profile import DeviceProfile
-
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 X86 = ("x86_64", "amd64", "i386", "i686")
 VNNI = {"avx512_vnni", "avx_vnni"}
@@ -27,14 +25,13 @@ class Int8Layout:
     reduce_range: bool = False
 
 
-def layout_of_profile(profile: DeviceProfile) -> Int8Layout:
-    """The layout for a device that takes int8: all 8 bits, since `compute.int8` promises dot products that hold them.
-
-    Unsigned where the profile says `architecture = "x86"`; signed elsewhere, around zero where a GPU runs the model.
+def layout_for(architecture: str | None, provider: str | None) -> Int8Layout:
+    """The layout for a device whose profile gives `compute.int8`: all 8 bits, for which that promises dot products.
+    Unsigned on the architecture `x86`; signed elsewhere, around zero where a GPU is the provider.
     """
-    if profile.runtime.architecture == "x86":
+    if architecture == "x86":
         return Int8Layout("uint8")
-    return Int8Layout("int8", symmetric=profile.runtime.provider in GPU_PROVIDERS)
+    return Int8Layout("int8", symmetric=provider in GPU_PROVIDERS)
 
 
 def layout_of_machine() -> Int8Layout:

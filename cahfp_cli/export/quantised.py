@@ -23,7 +23,7 @@ from cahfp_cli.export.int8_layout import Int8Layout
 from cahfp_cli.export.onnx_file import INPUT_NAME, cleaned, quiet
 from cahfp_cli.export.refusals import plain
 from cahfp_cli.export.side_file import LARGEST, side_files
-from cahfp_cli.training import onnx_session
+from cahfp_cli.running import onnx_session
 
 Dtype = Literal["fp16", "int8"]
 AGREEMENT_FLOOR: dict[Dtype, float] = {"fp16": 0.98, "int8": 0.9}

@@ -28,10 +28,10 @@ from cahfp_cli.federation.methods import Method
 from cahfp_cli.federation.rounds import learning_rate, load_global, situation_of, train_options
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.models.tensors import load_state, state_arrays, to_tensor
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap
+from cahfp_cli.running.evaluation import evaluate, hits_by_class
 from cahfp_cli.significance.measure import subset
-from cahfp_cli.training.evaluation import evaluate, hits_by_class
 from cahfp_cli.training.recalibration import BATCH_NORMS, recalibrate
 from cahfp_cli.training.sgd import steps_per_epoch, train
 

@@ -28,9 +28,9 @@ from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.client import CPU
+from cahfp_cli.formats.axes import Indices, selector
 from cahfp_cli.models.undisturbed import undisturbed
-from cahfp_cli.pruning.index_map import Indices, selector
-from cahfp_cli.training.logits import backward, class_logits
+from cahfp_cli.running.logits import backward, class_logits
 
 Floats = NDArray[np.float64]
 Gradients = Mapping[str, Floats]

@@ -11,7 +11,7 @@ from torch import nn
 from cahfp_cli.checkpoint.dtypes import Array
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.memory import Mask
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.pruning.submodel import trained_arrays
 from cahfp_cli.training.sgd import TrainOptions, steps_per_epoch, train
 

@@ -10,7 +10,7 @@ from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.federation.client import Reply
 from cahfp_cli.federation.devices import Device
 from cahfp_cli.federation.memory import Floats, Mask
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.pruning.target import target_of
 
 MOST_EXAMPLES = 10**9

@@ -9,7 +9,7 @@ import numpy as np
 from cahfp_cli.checkpoint.dtypes import DTYPES, FLOATS, Array
 from cahfp_cli.checkpoint.in_memory import TensorsInMemory
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, SubmodelMetadata, dump_metadata
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.reconstruction.blocks import Holders
 from cahfp_cli.reconstruction.clients import Client, client_in_memory, in_merging_order, map_key
 from cahfp_cli.reconstruction.merge import coverage_of

@@ -30,14 +30,14 @@ from cahfp_cli.federation.scoring import SIZED, level, nested, renewed
 from cahfp_cli.federation.selections import Situation, picked
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.streams import Purpose, derived
+from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.models.checkpoint_io import check_tensors
 from cahfp_cli.models.tensors import load_state, to_tensor
 from cahfp_cli.models.undisturbed import undisturbed
-from cahfp_cli.pruning.index_map import IndexMap
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.reconstruction.clients import Client
+from cahfp_cli.running.logits import class_logits
 from cahfp_cli.significance.registry import find_criterion
-from cahfp_cli.training.logits import class_logits
 from cahfp_cli.training.sgd import TrainOptions
 
 OPERATIONS_A_MAC = 2

@@ -22,7 +22,7 @@ from cahfp_cli.federation.run import Row, run, why_nothing
 from cahfp_cli.federation.setting import Common, make_setting, prepare, write_start
 from cahfp_cli.federation.workers import workers
 from cahfp_cli.reconstruction.allocator import keep_freed_memory
-from cahfp_cli.training.device import use_threads
+from cahfp_cli.running.device import use_threads
 
 EXPERIMENT, METRICS, SUMMARY = "experiment.json", "metrics.jsonl", "summary.json"
 ACCURACIES = ("recalibrated", "plain", "deployed", "own", "tuned")

@@ -7,8 +7,7 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import nn
 
-from cahfp_cli.errors import CahfpError, InputError, first_line
-from cahfp_cli.models.rows import check_rows
+from cahfp_cli.errors import InputError
 
 
 def logits_of(output: object) -> torch.Tensor:
@@ -77,31 +76,3 @@ def parts_of(output: object) -> list[tuple[str, object]] | None:
 def field(output: object, name: str) -> object:
     """An entry of an output that is a mapping or has attributes, else None."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-
-
-def class_rows(output: object, samples: int, classes: int = 2, least: int = 2) -> torch.Tensor:
-    """Logits (samples, outputs) of a network's output, float32 or wider, with outputs >= `classes` and >= `least`.
-
-    Raises: InputError: there are none, or not one row of so many real numbers a sample.
-    """
-    logits = logits_of(output)
-    check_rows(tuple(logits.shape), samples, classes, "the model returned", least)
-    if not logits.is_floating_point():
-        raise InputError(f"the model returned {logits.dtype} (classes already chosen?): it must return logits.")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def run_network(model: nn.Module, batch: torch.Tensor) -> object:
-    """What a network returns for a batch. Raises: InputError: its code fails on it."""
-    try:
-        return model(batch)
-    except (CahfpError, MemoryError):
-        raise
-    except Exception as error:  # whatever the user's own forward raises
-        if isinstance(error, torch.OutOfMemoryError):
-            raise MemoryError(str(error)) from error
-        shape = "x".join(map(str, batch.shape[1:]))
-        raise InputError(
-            f"the model fails on a batch of {len(batch)} samples of {shape}: {first_line(error)}\n"
-            "Check that the data is what the model was made for, and that the batch is not too small."
-        ) from error

@@ -10,10 +10,10 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from cahfp_cli.errors import InputError
+from cahfp_cli.formats.files import INDEX_MAP, REPORT
+from cahfp_cli.formats.index_map_file import read_index_map
+from cahfp_cli.formats.report import kept_groups, read_report
 from cahfp_cli.plots.figure_file import plain_style
-from cahfp_cli.pruning.files import INDEX_MAP, REPORT
-from cahfp_cli.pruning.index_map import read_index_map
-from cahfp_cli.pruning.report import kept_groups, read_report
 from cahfp_cli.significance.scores import Scores
 
 MOST_PANELS, MOST_COLUMNS = 48, 8

@@ -16,7 +16,7 @@ from cahfp_cli.coupling.analysis import Analysis
 from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.coupling.trace import Trace
-from cahfp_cli.pruning.index_map import Factors
+from cahfp_cli.formats.factors import Factors
 from cahfp_cli.pruning.linearised import Linearised
 from cahfp_cli.significance.divergence import divergence
 

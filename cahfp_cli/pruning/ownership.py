@@ -6,9 +6,9 @@ from cahfp_cli.checkpoint.metadata import CurvatureMetadata, Record, SubmodelMet
 from cahfp_cli.checkpoint.ownership import format_named_by, format_of_file
 from cahfp_cli.errors import InputError
 from cahfp_cli.export.side_file import locations
-from cahfp_cli.pruning.files import CURVATURE, FILES, INDEX_MAP, ONNX, ONNX_WEIGHTS, REPORT, TENSORS
-from cahfp_cli.pruning.index_map import IndexMapMetadata
-from cahfp_cli.pruning.report import read_report
+from cahfp_cli.formats.files import CURVATURE, FILES, INDEX_MAP, ONNX, ONNX_WEIGHTS, REPORT, TENSORS
+from cahfp_cli.formats.index_map_file import IndexMapMetadata
+from cahfp_cli.formats.report import read_report
 
 RECORDS: dict[str, type[Record]] = {
     TENSORS: SubmodelMetadata,

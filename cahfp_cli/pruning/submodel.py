@@ -22,13 +22,18 @@ from cahfp_cli.coupling.copying import copy_with, tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups
 from cahfp_cli.coupling.meta_run import Subject, forward
 from cahfp_cli.coupling.operator_log import OperatorLog
-from cahfp_cli.coupling.rewrites import Rewrite
 from cahfp_cli.coupling.rewriting import install
 from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.errors import InputError, VerificationError, first_line
 from cahfp_cli.export.onnx_file import DEFAULTS, ExportOptions, export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
 from cahfp_cli.export.side_file import side_files
+from cahfp_cli.formats.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
+from cahfp_cli.formats.gathering import gather, scatter
+from cahfp_cli.formats.index_map import BufferMap, IndexMap, TensorMap
+from cahfp_cli.formats.index_map_file import read_index_map, write_index_map
+from cahfp_cli.formats.report import write_report
+from cahfp_cli.formats.rewrites import Rewrite
 from cahfp_cli.models.checkpoint_io import check_finite, check_tensors, put_in, read_tensors
 from cahfp_cli.models.inputs import torch_type
 from cahfp_cli.models.skeleton import outline, skeleton, unsaved_bytes
@@ -36,10 +41,7 @@ from cahfp_cli.models.spec import resolve_spec
 from cahfp_cli.models.tensors import load_state, saved_state, state_arrays, to_tensor
 from cahfp_cli.provenance import portable
 from cahfp_cli.pruning.compensation import factors_of_tensors
-from cahfp_cli.pruning.files import INDEX_MAP, ONNX, QUANTISED, REPORT, TENSORS
-from cahfp_cli.pruning.index_map import BufferMap, IndexMap, TensorMap, gather, read_index_map, scatter, write_index_map
 from cahfp_cli.pruning.ownership import foreign_in_submodel
-from cahfp_cli.pruning.report import write_report
 
 LEAST_UNSAVED = 1 << 30
 """Bytes of buffers that any network may make."""

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.checkpoint.dtypes import Array
-from cahfp_cli.pruning.index_map import last_name, selector
+from cahfp_cli.formats.axes import selector
+from cahfp_cli.formats.index_map import last_name
 from cahfp_cli.reconstruction.blocks import Block, Holders, Part, parts_of
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.reconstruction.gate import COUNTER

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cahfp_cli.checkpoint.dtypes import Array
-from cahfp_cli.pruning.index_map import Factors, Selector, selector
+from cahfp_cli.formats.axes import Selector, selector
+from cahfp_cli.formats.factors import Factors
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.reconstruction.rules import Floats
 

@@ -14,9 +14,9 @@ from cahfp_cli.checkpoint.metadata import InputFile
 from cahfp_cli.checkpoint.safetensors_file import is_size
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.files import REPORT, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, without_factors
-from cahfp_cli.pruning.report import most_bytes
+from cahfp_cli.formats.files import REPORT, TENSORS
+from cahfp_cli.formats.index_map import IndexMap, without_factors
+from cahfp_cli.formats.report import most_bytes
 from cahfp_cli.reconstruction.curvature import Curvature, read_curvature
 from cahfp_cli.reconstruction.gate import checked_numbers, header_bytes, read_upload
 from cahfp_cli.reconstruction.in_order import in_order

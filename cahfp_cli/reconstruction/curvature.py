@@ -20,8 +20,9 @@ from cahfp_cli.checkpoint.metadata import CurvatureMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.files import CURVATURE
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, factor_product, listed, weights_of
+from cahfp_cli.formats.factors import factor_product
+from cahfp_cli.formats.files import CURVATURE
+from cahfp_cli.formats.index_map import IndexMap, TensorMap, listed, weights_of
 from cahfp_cli.reconstruction.rules import Floats
 
 DTYPE = "F32"

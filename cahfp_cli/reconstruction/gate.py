@@ -17,17 +17,10 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, o
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import (
-    IndexMap,
-    Indices,
-    check_against,
-    is_statistic,
-    last_name,
-    listed,
-    read_index_map,
-    selector,
-)
+from cahfp_cli.formats.axes import Indices, selector
+from cahfp_cli.formats.files import INDEX_MAP, TENSORS
+from cahfp_cli.formats.index_map import IndexMap, check_against, is_statistic, last_name, listed
+from cahfp_cli.formats.index_map_file import read_index_map
 
 MEAN, VARIANCE, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 HEADER_BYTES, HEADER_BYTES_A_TENSOR = 1 << 17, 2048

@@ -22,7 +22,7 @@ from cahfp_cli.checkpoint.ownership import foreign_in_shards
 from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from cahfp_cli.checkpoint.sharded import ShardedCheckpoint, Tensors, open_checkpoint
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.index_map import listed
+from cahfp_cli.formats.index_map import listed
 from cahfp_cli.reconstruction.blocks import Block, Holders
 from cahfp_cli.reconstruction.clients import GREATEST_WEIGHT, Client, Gate, Refusal, read_clients
 from cahfp_cli.reconstruction.gate import check_block

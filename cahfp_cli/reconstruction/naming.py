@@ -14,7 +14,7 @@ from cahfp_cli.checkpoint.metadata import KEY, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import read_index_map
+from cahfp_cli.formats.index_map_file import read_index_map
 from cahfp_cli.reconstruction.gate import map_of
 from cahfp_cli.reconstruction.partial import VALUE, PartialMetadata, most_header
 

@@ -25,7 +25,7 @@ from cahfp_cli.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, o
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, listed
+from cahfp_cli.formats.index_map import IndexMap, TensorMap, listed
 from cahfp_cli.reconstruction.curvature import CAP
 from cahfp_cli.reconstruction.gate import check_block, check_integers, check_statistics, header_bytes, mean_of
 from cahfp_cli.reconstruction.rules import Floats

@@ -12,7 +12,7 @@ from cahfp_cli.checkpoint.safetensors_file import TensorInfo
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.index_map import is_statistic
+from cahfp_cli.formats.index_map import is_statistic
 from cahfp_cli.reconstruction.average import merge_floats, merge_integers
 from cahfp_cli.reconstruction.blocks import Block, Holders, Part
 from cahfp_cli.reconstruction.clients import Client

@@ -14,7 +14,8 @@ from cahfp_cli.checkpoint.safetensors_file import TensorInfo
 from cahfp_cli.checkpoint.sharded import Tensors
 from cahfp_cli.checkpoint.strict_json import shown
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import is_statistic, unscaled
+from cahfp_cli.formats.factors import unscaled
+from cahfp_cli.formats.index_map import is_statistic
 from cahfp_cli.reconstruction.blocks import Block, Part, parts_of
 from cahfp_cli.reconstruction.clients import Client
 from cahfp_cli.reconstruction.rules import Floats

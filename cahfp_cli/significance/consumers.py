@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from cahfp_cli.coupling.calls import CONTRACTING, channels_read
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups, Consumer
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.outputs import class_rows
+from cahfp_cli.running.logits import class_rows
 
 DETACHING = frozenset({torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__})  # type: ignore[attr-defined]
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups, Consumer
 from cahfp_cli.errors import InputError
-from cahfp_cli.models.outputs import class_rows, run_network
 from cahfp_cli.models.undisturbed import undisturbed
+from cahfp_cli.running.logits import class_rows, run_network
 from cahfp_cli.significance.consumers import ConsumerInputs, Reach, logits_without
 
 EXACT_CLASSES = 16

@@ -18,7 +18,7 @@ from torch import nn
 
 from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.errors import CahfpError, InputError
-from cahfp_cli.models.outputs import class_rows, run_network
+from cahfp_cli.running.logits import class_rows, run_network
 from cahfp_cli.significance.consumers import ConsumerInputs, LiftedStops, Reach, logits_without
 from cahfp_cli.significance.gates import GatedPass, RowsError
 

@@ -14,7 +14,7 @@ from cahfp_cli.coupling.groups import KEPT, ChannelGroups
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import CahfpError, InputError, UsageError
 from cahfp_cli.models.checkpoint_io import some
-from cahfp_cli.models.outputs import class_rows, run_network
+from cahfp_cli.running.logits import class_rows, run_network
 from cahfp_cli.significance.consumers import LiftedStops
 from cahfp_cli.significance.gates import batches_of, check_labels
 from cahfp_cli.significance.reach import PROBES, unreached_weights

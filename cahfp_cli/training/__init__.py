@@ -1,1 +1,1 @@
-"""The local SGD loop, evaluation and latency, shared by the commands and by federation."""
+"""Learning: the local SGD loop, statistics of batch norms measured anew, the curvature of what was trained."""

@@ -31,8 +31,8 @@ from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.tensors import is_finite, saved_state
-from cahfp_cli.training.device import repeatable
-from cahfp_cli.training.logits import backward, class_logits
+from cahfp_cli.running.device import repeatable
+from cahfp_cli.running.logits import backward, class_logits
 
 EXACT_CLASSES = 16
 DRAWS = 16

@@ -16,9 +16,9 @@ from cahfp_cli.data.batches import batches
 from cahfp_cli.data.dataset import Dataset, Labels, Samples
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.models.tensors import is_constant, is_finite, saved_state
+from cahfp_cli.running.device import repeatable
+from cahfp_cli.running.logits import backward, class_logits
 from cahfp_cli.training import augment
-from cahfp_cli.training.device import repeatable
-from cahfp_cli.training.logits import backward, class_logits
 
 AUGMENT_STREAM = 1
 """Sets the shifts' random stream apart from the shuffle's."""

@@ -7,8 +7,8 @@ from torch import nn
 
 from cahfp_cli.coupling.analysis import cut
 from cahfp_cli.coupling.copying import tensors_of
+from cahfp_cli.formats.gathering import gather, scatter
 from cahfp_cli.models.tensors import state_arrays
-from cahfp_cli.pruning.index_map import gather, scatter
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.significance.gates import ConsumerInputs
 from tests.networks import Masks, difference, examples, masked, masks, networks

@@ -14,7 +14,7 @@ from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.errors import VerificationError
 from cahfp_cli.export.onnx_file import ExportOptions, export_onnx
 from cahfp_cli.export.outputs import left_out, named_outputs
-from cahfp_cli.training.evaluation import evaluate, evaluate_onnx
+from cahfp_cli.running.evaluation import evaluate, evaluate_onnx
 
 Pair = namedtuple("Pair", ["first", "second"])
 

@@ -19,7 +19,7 @@ from cahfp_cli.data.spec import load_data
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.errors import VerificationError
 from cahfp_cli.export import int8_layout, quantised
-from cahfp_cli.export.int8_layout import Int8Layout, has_vnni, layout_of_machine, layout_of_profile
+from cahfp_cli.export.int8_layout import Int8Layout, has_vnni, layout_for, layout_of_machine
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import CalibrationReader, Quantisation, export_quantised
 from cahfp_cli.models.resnet import resnet20
@@ -340,7 +340,8 @@ def test_layout_of_a_machine(tmp_path, monkeypatch, machine, flags, layout):
     ],
 )
 def test_layout_of_a_profile(name, layout):
-    assert layout_of_profile(load_profile(name)) == layout
+    runtime = load_profile(name).runtime
+    assert layout_for(runtime.architecture, runtime.provider) == layout
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])

@@ -13,7 +13,7 @@ from cahfp_cli.export.int8_layout import Int8Layout
 from cahfp_cli.export.onnx_file import ExportOptions, export_onnx
 from cahfp_cli.export.quantised import Quantisation, export_quantised
 from cahfp_cli.export.side_file import size_of_file
-from cahfp_cli.training.evaluation import evaluate_onnx
+from cahfp_cli.running.evaluation import evaluate_onnx
 
 SMALL = ExportOptions(largest=1000)
 """As if a file held no more than 1,000 bytes of weights."""

@@ -24,8 +24,9 @@ from cahfp_cli.federation.client import Reply, Task, Trainer, train_client
 from cahfp_cli.federation.methods import METHODS
 from cahfp_cli.federation.setting import Setting
 from cahfp_cli.federation.simulation import Run, check_merged, simulate, summary
-from cahfp_cli.pruning.files import INDEX_MAP, TENSORS
-from cahfp_cli.pruning.index_map import IndexMap, write_index_map
+from cahfp_cli.formats.files import INDEX_MAP, TENSORS
+from cahfp_cli.formats.index_map import IndexMap
+from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.reconstruction import gate as reconstruction_gate
 from cahfp_cli.reconstruction.merge import reconstruct
 from tests.federation.small import PROVENANCE, experiment

@@ -8,8 +8,8 @@ from torch import nn
 
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.models.random_streams import random_streams
-from cahfp_cli.training.device import repeatable
-from cahfp_cli.training.evaluation import evaluate
+from cahfp_cli.running.device import repeatable
+from cahfp_cli.running.evaluation import evaluate
 
 CPU = torch.device("cpu")
 

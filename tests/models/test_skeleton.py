@@ -13,10 +13,11 @@ from cahfp_cli.checkpoint.metadata import ModelSpec, Provenance, SubmodelMetadat
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.errors import InputError
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.models.skeleton import outline, skeleton
 from cahfp_cli.models.spec import build
 from cahfp_cli.models.tensors import state_arrays
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, write_index_map
 from cahfp_cli.pruning.submodel import gather_all, load_submodel, make_index_map, write_submodel
 
 CODE = """

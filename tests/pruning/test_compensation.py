@@ -11,6 +11,7 @@ from torch import nn
 
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.groups import KEPT
+from cahfp_cli.formats.gathering import scatter
 from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.compensation import (
     GREATEST_GATE,
@@ -23,7 +24,6 @@ from cahfp_cli.pruning.compensation import (
     foldable,
     gauss_newton,
 )
-from cahfp_cli.pruning.index_map import scatter
 from cahfp_cli.pruning.submodel import gather_all, make_index_map
 from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import ConsumerInputs, predict

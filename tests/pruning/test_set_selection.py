@@ -29,9 +29,9 @@ from cahfp_cli.pruning.selection import select
 from cahfp_cli.pruning.set_selection import SetOptions, compared, select_from_interactions, select_set, towards
 from cahfp_cli.pruning.submodel import gather_all, make_index_map, with_arrays
 from cahfp_cli.pruning.target import Target
+from cahfp_cli.running.evaluation import evaluate
 from cahfp_cli.significance.gates import gate_jacobian, predict
 from cahfp_cli.significance.statistics import gate_statistics
-from cahfp_cli.training.evaluation import evaluate
 from cahfp_cli.training.sgd import TrainOptions, train
 from tests.end_to_end.test_rewritten_model import CODE
 from tests.networks import Attention, Layer, VisionTransformer, randomise

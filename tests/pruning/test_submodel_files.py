@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, ModelSpec, Provenance, SubmodelMetadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.formats.index_map_file import read_index_map
 from cahfp_cli.models.checkpoint_io import save_checkpoint
-from cahfp_cli.pruning.index_map import read_index_map
 from cahfp_cli.pruning.submodel import gather_all, make_index_map, write_submodel
 from cahfp_cli.reconstruction.merge import reconstruct
 from tests.networks import CLASSES, examples, masks, networks

@@ -18,7 +18,8 @@ from fleet import PROVENANCE, Fleet, save_client
 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, write_index_map
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.index_map_file import write_index_map
 
 SUBMODEL, MAP, REPORT = "submodel.safetensors", "index_map.safetensors", "report.json"
 

@@ -19,7 +19,9 @@ from cahfp_cli.checkpoint.metadata import (
 )
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.pruning.index_map import IndexMap, IndexMapMetadata, TensorMap, gather, write_index_map
+from cahfp_cli.formats.gathering import gather
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.index_map_file import IndexMapMetadata, write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")

@@ -12,7 +12,8 @@ from fleet import PROVENANCE, Fleet, fleet, load, save_client, save_global
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, write_index_map
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
 
 

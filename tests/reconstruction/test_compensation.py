@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cahfp_cli.checkpoint.digest import arrays_digest, content_digest
 from cahfp_cli.checkpoint.dtypes import DTYPES
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap, without_factors
+from cahfp_cli.formats.index_map import IndexMap, TensorMap, without_factors
 from cahfp_cli.reconstruction.merge import reconstruct
 
 FLOATS = ["F16", "BF16", "F32", "F64"]

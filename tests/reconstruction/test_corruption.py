@@ -24,7 +24,7 @@ from fleet import PROVENANCE, Fleet, fleet, save_client
 
 from cahfp_cli.checkpoint.dtypes import DTYPES
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import read_index_map
+from cahfp_cli.formats.index_map_file import read_index_map
 from cahfp_cli.reconstruction.gate import HEADER_BYTES
 from cahfp_cli.reconstruction.merge import reconstruct
 

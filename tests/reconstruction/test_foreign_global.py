@@ -9,7 +9,7 @@ from test_changed_files import shards
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import IndexMap
+from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.reconstruction.merge import reconstruct
 from tests.conftest import Done, run_here
 

@@ -8,8 +8,8 @@ from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.metadata import KEY, InputFile
 from cahfp_cli.checkpoint.safetensors_file import MAX_NAME_LENGTH, open_safetensors
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap
-from cahfp_cli.pruning.report import most_bytes, read_report, write_report
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.report import most_bytes, read_report, write_report
 from cahfp_cli.reconstruction import writing
 from cahfp_cli.reconstruction.merge import reconstruct
 

@@ -28,7 +28,7 @@ from cahfp_cli.checkpoint.metadata import CheckpointMetadata, Provenance, read_m
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import UsageError
-from cahfp_cli.pruning.index_map import IndexMap, TensorMap
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.reconstruction.merge import reconstruct
 from cahfp_cli.reconstruction.report import Coverage
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.index_map import factor_product, gather, unscaled
-from cahfp_cli.pruning.index_map import without_factors as without
+from cahfp_cli.formats.factors import factor_product, unscaled
+from cahfp_cli.formats.gathering import gather
+from cahfp_cli.formats.index_map import without_factors as without
 from cahfp_cli.reconstruction.curvature import CAP, FLOOR
 from cahfp_cli.reconstruction.round import Step
 

@@ -12,14 +12,14 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.models.checkpoint_io import state_arrays
 from cahfp_cli.pruning.budget import Budget
 from cahfp_cli.pruning.set_selection import SetOptions
+from cahfp_cli.running.evaluation import evaluate
+from cahfp_cli.running.logits import class_logits
 from cahfp_cli.significance.consumers import Reach
 from cahfp_cli.significance.gates import GatedPass, predict
 from cahfp_cli.significance.reach import find_reach
 from cahfp_cli.significance.registry import Evidence, find_criterion
 from cahfp_cli.significance.statistics import gate_statistics
 from cahfp_cli.training.curvature import measure_curvature
-from cahfp_cli.training.evaluation import evaluate
-from cahfp_cli.training.logits import class_logits
 from cahfp_cli.training.sgd import TrainOptions, train
 from tests.networks import masked, randomise
 from tests.pruning.test_set_selection import Case

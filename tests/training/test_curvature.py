@@ -16,7 +16,7 @@ from cahfp_cli.checkpoint.metadata import CurvatureMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.data.dataset import Dataset, make_dataset
 from cahfp_cli.errors import InputError, UsageError
-from cahfp_cli.pruning.files import CURVATURE
+from cahfp_cli.formats.files import CURVATURE
 from cahfp_cli.training import curvature as module
 from cahfp_cli.training.curvature import EXACT_CLASSES, measure_curvature
 from cahfp_cli.training.sgd import TrainOptions, epoch_batches

@@ -19,10 +19,10 @@ from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.models.spec import build
 from cahfp_cli.models.tensors import state_arrays
+from cahfp_cli.running.device import pick_device, repeatable, use_threads
+from cahfp_cli.running.evaluation import evaluate, evaluate_onnx
+from cahfp_cli.running.latency import latency, latency_onnx, time_calls
 from cahfp_cli.training.augment import shifted
-from cahfp_cli.training.device import pick_device, repeatable, use_threads
-from cahfp_cli.training.evaluation import evaluate, evaluate_onnx
-from cahfp_cli.training.latency import latency, latency_onnx, time_calls
 from cahfp_cli.training.sgd import Epoch, TrainOptions, steps_per_epoch, train
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from cahfp_cli.federation.flower.server import FlowerClients
 from cahfp_cli.federation.run import Row
 from cahfp_cli.federation.simulation import EXPERIMENT, check_merged, simulate
 from cahfp_cli.provenance import provenance
-from cahfp_cli.training.device import use_threads
+from cahfp_cli.running.device import use_threads
 
 LOG = logging.getLogger("flwr")
 THREADS = 1

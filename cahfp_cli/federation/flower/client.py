@@ -44,7 +44,7 @@ from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.rounds import index_map_of, make_task
 from cahfp_cli.federation.setting import Common, Setting, make_setting, prepare_client
 from cahfp_cli.models.tensors import load_state, state_arrays, to_tensor
-from cahfp_cli.training.device import use_threads
+from cahfp_cli.running.device import use_threads
 
 CLIENT_KEYS = ("client", "partition-id")
 """Where a node's own configuration says which client it is; the second is what Flower's simulation sets."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cahfp_cli.training import onnx_session
+from cahfp_cli.running import onnx_session
 
 SAMPLES, SECONDS = 5, 0.01
 """Stretches that are timed on a visit, and how long each lasts at least."""

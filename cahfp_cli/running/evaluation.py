@@ -16,8 +16,8 @@ from cahfp_cli.data.dataset import Dataset, Labels
 from cahfp_cli.errors import InputError
 from cahfp_cli.models.random_streams import random_streams
 from cahfp_cli.models.undisturbed import undisturbed
-from cahfp_cli.training import onnx_session
-from cahfp_cli.training.logits import class_logits
+from cahfp_cli.running import onnx_session
+from cahfp_cli.running.logits import class_logits
 
 Logits = npt.NDArray[Any]
 

@@ -13,19 +13,10 @@ from cahfp_cli.checkpoint.metadata import Provenance
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
-from cahfp_cli.pruning.index_map import (
-    IndexMap,
-    TensorMap,
-    check_against,
-    gather,
-    most_bytes,
-    read_index_map,
-    scaled,
-    scatter,
-    unscaled,
-    without_factors,
-    write_index_map,
-)
+from cahfp_cli.formats.factors import scaled, unscaled
+from cahfp_cli.formats.gathering import gather, scatter
+from cahfp_cli.formats.index_map import IndexMap, TensorMap, check_against, without_factors
+from cahfp_cli.formats.index_map_file import most_bytes, read_index_map, write_index_map
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")
 DIGEST = "0" * 64

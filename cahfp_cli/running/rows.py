@@ -1,12 +1,7 @@
 """What shape outputs must have to be read as logits."""
 
+from cahfp_cli.data.dataset import ONE_OUTPUT
 from cahfp_cli.errors import InputError
-
-ONE_OUTPUT = (
-    "one number a sample: a softmax over one entry is always 1, so loss, accuracy and curvature say nothing.\n"
-    "Give the network two outputs (of a logit z: 0 and z), or do without samples: score --criterion l2, prune without "
-    "--calibration and --data."
-)
 
 
 def check_rows(shape: tuple[int, ...], samples: int, classes: int, returned: str, least: int = 2) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cahfp_cli.errors import InputError, first_line
 from cahfp_cli.models.undisturbed import undisturbed
-from cahfp_cli.training import onnx_session
+from cahfp_cli.running import onnx_session
 
 WARM_UP = 5
 RUNS = 30

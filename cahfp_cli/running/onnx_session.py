@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from cahfp_cli.data.dataset import Samples
 from cahfp_cli.errors import InputError, first_line
-from cahfp_cli.models.rows import check_rows
+from cahfp_cli.running.rows import check_rows
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 LOGITS = "logits"

@@ -21,6 +21,8 @@ ALIGNMENTS = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (16, 4))
 CACHES = (5e5, 1e6, 1.5e6, 2e6, 3e6, 4e6, 5e6, 6e6, 8e6, 1e7, 12e6, 16e6, 24e6, 32e6, 64e6)
 """Bytes."""
 PASSES = 5
+STREAMED = -2
+"""The feature that depends on the size of the cache."""
 LEAST_RATIO = 0.1
 """Of predicted to measured, in a weight: a microbenchmark that nothing explains must not rule the others."""
 
@@ -37,15 +39,19 @@ class Fit:
 
 def fit(benchmarks: Sequence[Microbenchmark], seconds: Array) -> Fit:
     """What explains measured seconds best, float64 (microbenchmarks,), of one call each."""
-    found = [fit_with(benchmarks, seconds, step, hard, cache) for (step, hard), cache in product(ALIGNMENTS, CACHES)]
+    counted = {alignment: features_of(benchmarks, *alignment) for alignment in ALIGNMENTS}
+    found = [
+        fit_with(features, seconds, *alignment, cache)
+        for (alignment, features), cache in product(counted.items(), CACHES)
+    ]
     return min(found, key=lambda one: float(np.square(one.residuals).sum()))
 
 
-def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, hard: int, cache: float) -> Fit:
-    """The rates, with this alignment and a cache of so many bytes."""
+def fit_with(counted: Array, seconds: Array, step: int, hard: int, cache: float) -> Fit:
+    """The rates with this alignment, for which `counted` are the features, and a cache of so many bytes."""
     from scipy.optimize import nnls
 
-    features = np.stack([features_of(benchmark, step, hard, cache) for benchmark in benchmarks])
+    features = with_cache(counted, cache)
     relative = features / seconds[:, None]
     weights = np.ones(len(seconds))
     for _ in range(PASSES):
@@ -62,9 +68,15 @@ def fit_with(benchmarks: Sequence[Microbenchmark], seconds: Array, step: int, ha
     return Fit(rates, step, hard, relative @ solution - 1)
 
 
-def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -> Array:
-    """What each rate is multiplied with: by class operations, bytes, calls and lines; loads, waits; bytes reordered,
-    and how many times; bytes of weights, of weights used once, of weights streamed; one call."""
+def features_of(benchmarks: Sequence[Microbenchmark], step: int, hard: int) -> Array:
+    """What each rate is multiplied with, float64 (microbenchmarks, rates): by class operations, bytes, calls and lines;
+    loads, waits; bytes reordered, and how many times; bytes of weights, of weights used once, of weights streamed,
+    which are all of them until `with_cache`; one call."""
+    return np.stack([counts_of(benchmark, step, hard) for benchmark in benchmarks])
+
+
+def counts_of(benchmark: Microbenchmark, step: int, hard: int) -> Array:
+    """Its row of `features_of`."""
     found = Kernels(benchmark.operators, 0, step, hard).quantities(np.zeros((1, 0)))
     by_class = [
         np.bincount(found.classes[0], weights=quantity[0], minlength=len(CLASSES))
@@ -72,5 +84,12 @@ def features_of(benchmark: Microbenchmark, step: int, hard: int, cache: float) -
     ]
     weights = float(found.weights.sum())
     sums = [float(quantity.sum()) for quantity in (found.loads, found.waits, found.reordered, found.reorders)]
-    once = float(found.once.sum())
-    return np.concatenate([*by_class, sums, [weights, once, weights * float(streamed(np.array(weights), cache)), 1.0]])
+    return np.concatenate([*by_class, sums, [weights, float(found.once.sum()), weights, 1.0]])
+
+
+def with_cache(counted: Array, cache: float) -> Array:
+    """The features where a cache of so many bytes keeps weights from being streamed: they depend on it in nothing else,
+    so that the networks are compiled once for all sizes of it."""
+    features = counted.copy()
+    features[:, STREAMED] *= streamed(features[:, STREAMED], cache)
+    return features

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cahfp_cli.coupling.analysis import analyse
-from cahfp_cli.device.calibration import features_of, fit, fit_with
+from cahfp_cli.device.calibration import features_of, fit, fit_with, with_cache
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.latency import CLASSES, Kernels, Quantities, Rates, rates_of
@@ -55,7 +55,8 @@ def times(rates: Rates, step: int, hard: int) -> np.ndarray:
 
 def calibrated(rates: Rates, step: int, hard: int) -> DeviceProfile:
     """A profile that says so."""
-    found = replace(fit_with(BENCHMARKS, times(rates, step, hard), step, hard, rates.cache), rates=rates)
+    counted = features_of(BENCHMARKS, step, hard)
+    found = replace(fit_with(counted, times(rates, step, hard), step, hard, rates.cache), rates=rates)
     return DeviceProfile.model_validate(profile_content("made-up", 1, LINKS, found, 1e10))
 
 
@@ -115,7 +116,7 @@ def test_what_a_microbenchmark_says_of_itself_is_what_its_onnx_file_computes(ben
 
 
 def test_every_rate_shows_in_some_microbenchmark() -> None:
-    features = np.stack([features_of(benchmark, 16, 4, 4e6) for benchmark in BENCHMARKS])
+    features = with_cache(features_of(BENCHMARKS, 16, 4), 4e6)
     unseen = [i for i in range(features.shape[1]) if not features[:, i].any()]
     without = [3 * len(CLASSES) + number for number, name in enumerate(CLASSES) if name not in LINED]
     assert unseen == [*IDLE, len(CLASSES) + CLASSES.index("view"), *without]  # a view moves no bytes

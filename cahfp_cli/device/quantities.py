@@ -1,4 +1,4 @@
-"""Quantities as people write them: `5ms`, `64MB`, `2MiB`, `0.5`, `30M`; read exactly, printed in three digits."""
+"""Quantities as people write them: `5ms`, `64MB`, `2MiB`, `0.5`, `50%`, `30M`; read exactly, printed in three digits."""
 
 import math
 import re
@@ -15,14 +15,16 @@ BYTES = {
     **{f"{prefix}iB": Fraction(1024**power) for power, prefix in enumerate("KMGT", start=1)},
     "kB": Fraction(1000),
 }
+PERCENT = "%"
+SHARES = {PERCENT: Fraction(1, 100)}
 COUNTS = {"K": Fraction(10**3), "k": Fraction(10**3), "M": Fraction(10**6), "G": Fraction(10**9)}
 
 TIME_EXAMPLES = "5ms, 1.5s, 200us"
 SIZE_EXAMPLES = "64MB (10^6 bytes), 2MiB (2^20 bytes), 512KB"
-LIMIT_EXAMPLES = "0.5 (half of the full network), 30M, 1.2G"
-SHARE_EXAMPLES = "0.5, 0.25"
+LIMIT_EXAMPLES = "0.5 or 50% (half of the full network), 30M, 1.2G"
+SHARE_EXAMPLES = "0.5, 0.25, 25%"
 
-_QUANTITY = re.compile(r"\s*(\d{1,99}(?:\.\d{0,99})?|\.\d{1,99})(e[+-]?\d{1,3})?\s*([A-Za-zµμ]*)\s*", re.ASCII)
+_QUANTITY = re.compile(r"\s*(\d{1,99}(?:\.\d{0,99})?|\.\d{1,99})(e[+-]?\d{1,3})?\s*([A-Za-zµμ]*|%)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_limit(text: str) -> Limit:
-    """`0.5` -> Share(0.5), `30M` -> Count(30_000_000); a plain number up to 1 is a share, above it a whole count.
+    """`0.5` or `50%` -> Share(0.5), `30M` -> Count(30_000_000); a plain number up to 1 is a share, above it a whole
+    count.
 
     Raises UsageError for anything else.
     """
     what = "a share or a count"
+    if text.rstrip().endswith(PERCENT):
+        return Share(_share(text, what, LIMIT_EXAMPLES))
     number = _positive(text, COUNTS, what, LIMIT_EXAMPLES)
     if not text.strip()[-1].isalpha():
         if number <= 1:
@@ -71,11 +76,8 @@ def parse_limit(text: str) -> Limit:
 
 
 def parse_share(text: str) -> float:
-    """`0.5` -> 0.5. Raises UsageError unless it is in (0, 1]."""
-    share = _positive(text, {}, "a share", SHARE_EXAMPLES)
-    if share > 1:
-        raise _bad(text, "a share", SHARE_EXAMPLES)
-    return float(share)
+    """`0.5` or `50%` -> 0.5. Raises UsageError unless it is in (0, 1]."""
+    return _share(text, "a share", SHARE_EXAMPLES)
 
 
 def format_seconds(seconds: float) -> str:
@@ -112,6 +114,13 @@ def _positive(text: str, units: Mapping[str, Fraction], what: str, examples: str
     if not Fraction(1, 10**30) <= number <= 10**30:
         raise _bad(text, what, examples)
     return number
+
+
+def _share(text: str, what: str, examples: str) -> float:
+    share = _positive(text, SHARES, what, examples)
+    if share > 1:
+        raise _bad(text, what, examples)
+    return float(share)
 
 
 def _at_least_one(number: Fraction, text: str, what: str, examples: str) -> int:

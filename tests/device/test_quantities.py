@@ -18,6 +18,8 @@ from cahfp_cli.device.quantities import (
 )
 from cahfp_cli.errors import UsageError
 
+NO_PERCENTAGES = ("0%", "101%", "100.0001%", "5 0%", "nan%", "inf%", "%", "-50%", "50%%", "50%M", "50M%", "1e30%")
+
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
@@ -62,6 +64,22 @@ def test_limits_up_to_one_are_shares_and_above_it_counts(text: str, limit: Share
 
 
 @pytest.mark.parametrize(
+    ("percentage", "share"),
+    [("50%", "0.5"), ("100%", "1"), ("33.3%", "0.333"), ("0.1%", "0.001"), (" 7 % ", "0.07"), ("1e1%", "0.1")],
+)
+def test_a_percentage_is_the_very_share_wherever_shares_are_taken(percentage: str, share: str) -> None:
+    assert parse_share(percentage) == parse_share(share)
+    assert parse_limit(percentage) == parse_limit(share)
+
+
+@pytest.mark.parametrize("text", ["50%"])
+def test_times_and_sizes_are_no_percentages(text: str) -> None:
+    for parse in (parse_seconds, parse_bytes):
+        with pytest.raises(UsageError):
+            parse(text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -89,13 +107,13 @@ def test_what_is_not_a_size_is_refused_with_examples(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["", "1.5", "0", "-0.5", "50%", "nan", "0.0000001K"])
+@pytest.mark.parametrize("text", ["", "1.5", "0", "-0.5", *NO_PERCENTAGES, "nan", "0.0000001K"])
 def test_what_is_not_a_limit_is_refused_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="30M"):
         parse_limit(text)
 
 
-@pytest.mark.parametrize("text", ["0", "1.01", "2", "50%", "-1", "0.5M", "nan"])
+@pytest.mark.parametrize("text", ["0", "1.01", "2", *NO_PERCENTAGES, "-1", "0.5M", "nan"])
 def test_what_is_not_a_share_is_refused_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match=r"0\.25"):
         parse_share(text)

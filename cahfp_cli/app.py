@@ -7,25 +7,28 @@ from typing import Annotated
 import typer
 
 from cahfp_cli import __version__
-from cahfp_cli.commands import evaluate, inspect, options, profile, prune, reconstruct, score, simulate, train
+from cahfp_cli.commands import evaluate, inspect, profile, prune, reconstruct, score, simulate, train
+from cahfp_cli.commands.helping import Command, Group
 from cahfp_cli.errors import CahfpError
 from cahfp_cli.output import prepare_streams
 
 app = typer.Typer(
     name="cahfp",
+    cls=Group,
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Prune one trained network for each device of a fleet, and merge what the devices trained.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(profile.app, name="profile")
-app.command(cls=options.Command)(train.train)
-app.command(cls=options.Command)(score.score)
-app.command(cls=options.Command)(prune.prune)
-app.command(cls=options.Command)(evaluate.evaluate)
-app.command(cls=options.Command)(reconstruct.reconstruct)
-app.command(cls=options.Command)(inspect.inspect)
-app.command(cls=options.Command)(simulate.simulate)
+app.command(cls=Command)(train.train)
+app.command(cls=Command)(score.score)
+app.command(cls=Command)(prune.prune)
+app.command(cls=Command)(evaluate.evaluate)
+app.command(cls=Command)(reconstruct.reconstruct)
+app.command(cls=Command)(inspect.inspect)
+app.command(cls=Command)(simulate.simulate)
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130

@@ -107,7 +107,9 @@ def test_commands_do_not_import_one_another_and_share_only_what_is_no_command() 
     for path in (PACKAGE / "commands").glob("*.py"):
         for name, _ in imports(path):
             if name.startswith("cahfp_cli.commands"):
-                assert name.split(".")[2] in ("options", "networks", "live"), f"{path.name} imports {name}"
+                assert name.split(".")[2] in ("options", "helping", "guides", "networks", "live"), (
+                    f"{path.name} imports {name}"
+                )
 
 
 def modules() -> list[str]:

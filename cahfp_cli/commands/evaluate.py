@@ -11,7 +11,13 @@ from cahfp_cli.output import Console
 
 
 def evaluate(
-    network: Annotated[Path, typer.Argument(metavar="CHECKPOINT|SUBMODEL_DIR|MODEL.onnx", help="What to evaluate.")],
+    network: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT|SUBMODEL_DIR|MODEL.onnx",
+            help="What to evaluate: a checkpoint, a submodel folder or an ONNX file.",
+        ),
+    ],
     *,
     data: options.Data = "digits@test",
     data_root: options.DataRoot = None,
@@ -23,7 +29,12 @@ def evaluate(
     key: options.Key = None,
     batch_size: options.BatchSize = 256,
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Time single samples on this machine.")
+        bool,
+        typer.Option(
+            "--latency/--no-latency",
+            rich_help_panel=options.RUNTIME,
+            help="Time single samples on this machine, or do not.",
+        ),
     ] = True,
     device: options.Device = "auto",
     threads: options.Threads = None,

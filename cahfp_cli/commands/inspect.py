@@ -46,7 +46,9 @@ def inspect(
         bool,
         typer.Option(
             "--groups",
-            help="Of a checkpoint or submodel: its channel groups, what they couple, what cannot be pruned and why.",
+            rich_help_panel=options.MODEL,
+            help="For a checkpoint or submodel: show its channel groups (channels that can only be removed together), "
+            "and which tensors cannot be pruned and why.",
         ),
     ] = False,
     model: options.Model = None,
@@ -57,11 +59,21 @@ def inspect(
     key: options.Key = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Of scores: draw the significance per layer (.png, .svg or .pdf)."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            rich_help_panel=options.OUTPUT,
+            help="For scores: draw the significance of each layer into this file (.png, .svg or .pdf).",
+        ),
     ] = None,
     submodel: Annotated[
         Path | None,
-        typer.Option("--submodel", help="With --plot: show what this submodel folder keeps and what was cut."),
+        typer.Option(
+            "--submodel",
+            metavar="FOLDER",
+            rich_help_panel=options.OUTPUT,
+            help="With --plot: show which of the channels this submodel folder keeps.",
+        ),
     ] = None,
     json: options.Json = False,
     force: options.Force = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.commands.helping import Command, Group
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 NAME_PATTERN = r"[a-z0-9]+(-[a-z0-9]+)*"
 
-app = typer.Typer(help="Show, measure and apply device profiles.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Group, help="Show, measure and apply device profiles.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-@app.command("list", cls=options.Command)
+@app.command("list", cls=Command)
 def list_profiles(json: options.Json = False) -> None:
     """List the profiles that come with cahfp."""
     from cahfp_cli.device.catalogue import all_profiles
@@ -45,11 +48,24 @@ def list_profiles(json: options.Json = False) -> None:
     Console(json=json).result(table(columns, rows), {"profiles": [_machine(profile) for profile in profiles]})
 
 
-@app.command(cls=options.Command)
+@app.command(cls=Command)
 def show(
-    name: Annotated[str, typer.Argument(help="Name or alias of a profile, or a path to a .toml file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=options.profiles,
+            help="Name or alias of a profile, or a path to a .toml file.",
+        ),
+    ],
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw its roofline into this file (.png, .svg or .pdf).")
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            rich_help_panel=options.OUTPUT,
+            help="Draw its roofline (speed by arithmetic intensity) into this file (.png, .svg or .pdf).",
+        ),
     ] = None,
     json: options.Json = False,
     force: options.Force = False,
@@ -63,19 +79,34 @@ def show(
     Console(json=json).result(_page(profile), _machine(profile))
 
 
-@app.command(cls=options.Command)
+@app.command(cls=Command)
 def predict(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
+            autocompletion=options.offer(*options.MODELS),
             help="A checkpoint, a submodel folder or an ONNX file in one, or a model spec such as resnet20.",
         ),
     ],
     *,
-    profile: Annotated[str, typer.Option("--profile", help="Name or alias of a profile, or a .toml file.")],
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile",
+            metavar="NAME|FILE",
+            autocompletion=options.profiles,
+            rich_help_panel=options.RUNTIME,
+            help="Device to predict for: name or alias of a profile, or a .toml file.",
+        ),
+    ],
     measured: Annotated[
-        bool, typer.Option("--measure", help="Also time it here, in ONNX Runtime with the profile's threads.")
+        bool,
+        typer.Option(
+            "--measure",
+            rich_help_panel=options.RUNTIME,
+            help="Also time it on this machine, in ONNX Runtime with as many threads as the profile says.",
+        ),
     ] = False,
     spec: options.Model = None,
     model_arg: options.ModelArg = None,
@@ -158,19 +189,56 @@ def predict(
     Console(json=json).result(human, machine)
 
 
-@app.command(cls=options.Command)
+@app.command(cls=Command)
 def measure(
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write, a .toml file.")],
-    name: Annotated[str | None, typer.Option(help="Its name; the file's without the ending.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", rich_help_panel=options.OUTPUT, help="Profile to write, a .toml file."
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            rich_help_panel=options.OUTPUT,
+            help="Name of the profile; without it, that of the file without .toml.",
+        ),
+    ] = None,
     threads: Annotated[
-        int, typer.Option(min=1, max=options.MOST_THREADS, help="Threads that ONNX Runtime computes with.")
+        int,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            max=options.MOST_THREADS,
+            rich_help_panel=options.RUNTIME,
+            help="CPU threads that ONNX Runtime computes with.",
+        ),
     ] = 1,
     uplink: Annotated[
-        float, typer.Option(min=0.001, callback=options.finite, help="Mbit/s to the server: not measured.")
+        float,
+        typer.Option(
+            "--uplink",
+            metavar="MBIT/S",
+            min=0.001,
+            callback=options.finite,
+            rich_help_panel=options.RUNTIME,
+            help="Speed of sending to the server, in Mbit/s: recorded, not measured.",
+        ),
     ] = 20.0,
     downlink: Annotated[
-        float, typer.Option(min=0.001, callback=options.finite, help="Mbit/s from the server: not measured.")
+        float,
+        typer.Option(
+            "--downlink",
+            metavar="MBIT/S",
+            min=0.001,
+            callback=options.finite,
+            rich_help_panel=options.RUNTIME,
+            help="Speed of receiving from the server, in Mbit/s: recorded, not measured.",
+        ),
     ] = 100.0,
     json: options.Json = False,
     quiet: options.Quiet = False,

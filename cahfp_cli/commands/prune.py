@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.commands.options import choice
 from cahfp_cli.errors import BudgetError, InputError, UsageError
 from cahfp_cli.output import Console, Json, table
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SelectionName = Literal["linear", "quadratic", "independent"]
+DTYPES = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -46,62 +48,203 @@ class Target:
 
 
 def prune(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Our checkpoint, or someone else's.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Trained network: a checkpoint of cahfp, or someone else's with --model."
+        ),
+    ],
     *,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Folder: a submodel folder NAME a profile in it; itself one without."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            rich_help_panel=options.OUTPUT,
+            help="Folder to write: with --profile, in it a submodel folder for each; without, the submodel folder.",
+        ),
     ],
     scores: Annotated[
         Path | None,
         typer.Option(
-            "--scores", help="What `cahfp score` wrote for this checkpoint; not needed to select by --calibration."
+            "--scores",
+            metavar="FILE",
+            rich_help_panel=options.SELECTION,
+            help="What `cahfp score` wrote for this checkpoint; not needed with --calibration.",
         ),
     ] = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option("--profile", help="Device: a name (`cahfp profile list`) or a .toml; may be repeated."),
+        typer.Option(
+            "--profile",
+            metavar="NAME|FILE",
+            autocompletion=options.profiles,
+            rich_help_panel=options.BUDGET,
+            help="Device to prune for: a name (see `cahfp profile list`) or a .toml file. Its own budget holds unless "
+            "limits are given.",
+        ),
     ] = None,
-    latency: Annotated[str | None, typer.Option(help="Predicted latency at batch 1, e.g. 5ms.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Weights and activations at batch 1, e.g. 64MB.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Size of the ONNX file, e.g. 2MB.")] = None,
-    macs: Annotated[str | None, typer.Option(help="Multiply-accumulates: a share (0.5) or a count (30M).")] = None,
-    params: Annotated[str | None, typer.Option(help="Stored numbers: a share (0.3) or a count (1.2M).")] = None,
-    keep: Annotated[str | None, typer.Option(help="Share of the channels of every layer, e.g. 0.5.")] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            metavar="SECONDS",
+            rich_help_panel=options.BUDGET,
+            help="Limit of the time for one sample, as predicted for the profile, such as 5ms.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="BYTES",
+            rich_help_panel=options.BUDGET,
+            help="Limit of the RAM for weights and for activations of one sample, such as 64MB.",
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="BYTES",
+            rich_help_panel=options.BUDGET,
+            help="Limit of the size of the ONNX file (fp32), such as 2MB.",
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            "--macs",
+            metavar="SHARE|MACS",
+            rich_help_panel=options.BUDGET,
+            help="Limit of multiply-accumulate operations for one sample: a share of the full network's (0.5 or 50%) "
+            "or a number (30M).",
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            "--params",
+            metavar="SHARE|N",
+            rich_help_panel=options.BUDGET,
+            help="Limit of parameters: a share of the full network's (0.3 or 30%) or a number (1.2M).",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="SHARE",
+            rich_help_panel=options.BUDGET,
+            help="Share of the channels that every layer keeps (0.5 or 50%).",
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Layers that keep every channel, e.g. 'layer1.*'; names as in a report's widths."),
+        typer.Option(
+            "--exclude",
+            metavar="PATTERN",
+            rich_help_panel=options.SELECTION,
+            help="Layers that keep all channels, such as 'layer1.*'; names as under `widths` in a report.",
+        ),
     ] = None,
     min_width: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Channel groups that every layer keeps at least.")
+        int,
+        typer.Option(
+            "--min-width",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.SELECTION,
+            help="Fewest channel groups that a layer keeps.",
+        ),
     ] = 1,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="This machine is the device: measure --latency and aim anew until it holds."),
+        typer.Option(
+            "--verify",
+            rich_help_panel=options.BUDGET,
+            help="This machine is the device: measure the latency, and prune again until it holds.",
+        ),
     ] = False,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Samples to select and compensate on (no labels needed), e.g. digits@train."),
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            autocompletion=options.offer(*options.DATA_SETS),
+            rich_help_panel=options.CALIBRATION,
+            help="Samples like those that the device will see, such as digits@train: channels are chosen on them, and "
+            "the weights that remain are adapted. Labels are not needed.",
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, max=options.MOST, help="So many of them.")] = 2048,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.CALIBRATION,
+            help="Most samples to take from --calibration, drawn at random.",
+        ),
+    ] = 2048,
     rounds: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Times that the network is linearised anew.")
+        int,
+        typer.Option(
+            "--rounds",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.CALIBRATION,
+            help="Prune in N steps, and measure gradients and curvature anew before each; more is slower and better.",
+        ),
     ] = 15,
     selection: Annotated[
         str,
-        typer.Option(help="linear | quadratic | independent; auto: linear with --calibration, else independent."),
+        choice(
+            "--selection",
+            ("auto", "linear", "quadratic", "independent"),
+            options.SELECTION,
+            "How channel groups are chosen: as a set on --calibration, by a linear or quadratic model of the outputs, "
+            "or each by its own score. auto is linear with --calibration, else independent.",
+        ),
     ] = "auto",
     reference: Annotated[
-        str, typer.Option(help="What predictions are compared with: network (the full one's) | labels.")
+        str,
+        choice(
+            "--reference",
+            ("network", "labels"),
+            options.CALIBRATION,
+            "What the pruned network should predict: what the full one does, or the labels of --calibration.",
+        ),
     ] = "network",
     compensate: Annotated[
-        bool, typer.Option("--compensate/--no-compensate", help="Let surviving channels take over.")
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            rich_help_panel=options.CALIBRATION,
+            help="Scale the channels that remain so that they make up for the removed ones.",
+        ),
     ] = True,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Measure batch-norm statistics anew on --calibration.")
+        bool,
+        typer.Option(
+            "--recalibrate",
+            rich_help_panel=options.CALIBRATION,
+            help="Measure the statistics of batch normalisation anew on --calibration.",
+        ),
     ] = False,
     data: Annotated[
-        str | None, typer.Option("--data", help="Measure accuracy before and after on this data, e.g. digits@test.")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            autocompletion=options.offer(*options.DATA_SETS),
+            rich_help_panel=options.DATA,
+            help="Report the accuracy before and after on this data, such as digits@test.",
+        ),
     ] = None,
     data_root: options.DataRoot = None,
     model: options.Model = None,
@@ -110,11 +253,22 @@ def prune(
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     key: options.Key = None,
-    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and verify model.onnx.")] = True,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx/--no-onnx", rich_help_panel=options.OUTPUT, help="Write model.onnx and check it, or do not."
+        ),
+    ] = True,
     opset: options.Opset = 18,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", help="Beside model.onnx (fp32) write fp16 or int8; may be repeated."),
+        typer.Option(
+            "--dtype",
+            metavar="|".join(DTYPES),
+            autocompletion=options.offer(*DTYPES),
+            rich_help_panel=options.OUTPUT,
+            help="Write another ONNX file in this type beside model.onnx, which is fp32.",
+        ),
     ] = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",

@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cahfp_cli.commands.options import MOST, MOST_THREADS, DryRun, Force, Json, Key, Quiet
+from cahfp_cli.commands.options import (
+    CHECKS,
+    MERGING,
+    MOST,
+    MOST_THREADS,
+    OUTPUT,
+    RULES,
+    RUNTIME,
+    DryRun,
+    Force,
+    Json,
+    Key,
+    Quiet,
+    number_or_percentage,
+    offer,
+)
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, table
 
@@ -20,84 +35,172 @@ if TYPE_CHECKING:
 def reconstruct(
     global_checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="GLOBAL", help="Checkpoint that was pruned: a file, also of torch.save, or shards."),
+        typer.Argument(
+            metavar="GLOBAL", help="Checkpoint that was pruned: a file, also one of torch.save, or a folder of shards."
+        ),
     ],
     submodels: Annotated[
         list[Path], typer.Argument(metavar="SUBMODEL_DIR...", help="One folder for each client, or partial aggregates.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint to write, OUT.safetensors.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="Checkpoint to write (.safetensors)."
+        ),
+    ],
     rule: Annotated[
         str,
         typer.Option(
             "--rule",
-            help="fill: complete each client with GLOBAL, then average. "
-            "covered: average each coordinate over the clients that hold it. "
-            "curvature: as covered, weighed by the clients' curvature. "
-            "trimmed-mean, median: of the clients that hold a coordinate, each counting the same.",
+            metavar="RULE",
+            autocompletion=offer(*RULES),
+            rich_help_panel=MERGING,
+            help="How clients are averaged. fill: a client counts with GLOBAL's value where it has none. "
+            "covered: over those that hold an entry. curvature: as covered, weighed by the curvature that "
+            "train --curvature measured. trimmed-mean, median: robust, over those that hold an entry, all with the "
+            "same weight.",
         ),
     ] = "fill",
     trim: Annotated[
-        float | None, typer.Option("--trim", help="Share that trimmed-mean leaves out at each end; 0.2 unless given.")
+        float | None,
+        typer.Option(
+            "--trim",
+            metavar="SHARE",
+            parser=number_or_percentage,
+            rich_help_panel=MERGING,
+            help="Share of the clients that trimmed-mean leaves out at each end (0.2 or 20%); 0.2 unless given.",
+        ),
     ] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option(
             "--weight",
             metavar="DIR=N",
-            help="Weight of a client instead of its recorded number of examples; may be repeated.",
+            rich_help_panel=MERGING,
+            help="Weight of a client, in place of the number of examples that it trained on.",
         ),
     ] = None,
     keep_compensation: Annotated[
         bool,
         typer.Option(
             "--keep-compensation",
-            help="Merge the compensated weights as they are, instead of taking out what made up for removed groups.",
+            rich_help_panel=MERGING,
+            help="Merge the weights as `prune` scaled them to make up for removed channels. Without it the scaling is "
+            "taken out first.",
         ),
     ] = False,
     maps: Annotated[
         Path | None,
-        typer.Option("--maps", help="Folder of the server's own index maps; the clients' copies are not read."),
+        typer.Option(
+            "--maps",
+            metavar="FOLDER",
+            rich_help_panel=CHECKS,
+            help="Folder of the server's own index maps; the clients' copies are not read.",
+        ),
     ] = None,
     skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Leave out clients that do not pass the checks, and report them.")
+        bool,
+        typer.Option(
+            "--skip-invalid",
+            rich_help_panel=CHECKS,
+            help="Leave out clients that do not pass the checks, and report them, instead of stopping.",
+        ),
     ] = False,
     min_clients: Annotated[
-        int, typer.Option("--min-clients", min=1, max=MOST, help="Fewer that pass are an error.")
+        int,
+        typer.Option(
+            "--min-clients",
+            metavar="N",
+            min=1,
+            max=MOST,
+            rich_help_panel=CHECKS,
+            help="Fewest clients that must pass.",
+        ),
     ] = 1,
     max_examples: Annotated[
-        float | None, typer.Option("--max-examples", help="Refuse a client that claims more examples.")
+        float | None,
+        typer.Option(
+            "--max-examples",
+            metavar="N",
+            rich_help_panel=CHECKS,
+            help="Refuse a client that claims to have trained on more examples.",
+        ),
     ] = None,
     max_update: Annotated[
         float | None,
-        typer.Option("--max-update", help="Refuse a client whose weights moved by more than so many times their norm."),
+        typer.Option(
+            "--max-update",
+            metavar="X",
+            rich_help_panel=CHECKS,
+            help="Refuse a client whose weights changed by more than X times their norm.",
+        ),
     ] = None,
     clip: Annotated[
         str | None,
         typer.Option(
             "--clip",
             metavar="X|median",
-            help="Shrink updates to X times the norm of the weights before, or to the median of the clients.",
+            autocompletion=offer("median"),
+            rich_help_panel=MERGING,
+            help="Shrink larger updates to X times the norm of the weights before, or to the median of the clients.",
         ),
     ] = None,
     server_lr: Annotated[
-        float, typer.Option("--server-lr", help="How far to go from GLOBAL to what was merged.")
+        float,
+        typer.Option(
+            "--server-lr",
+            metavar="X",
+            rich_help_panel=MERGING,
+            help="Server learning rate: how far to go from GLOBAL (0) to what was merged (1).",
+        ),
     ] = 1.0,
     server_momentum: Annotated[
-        float, typer.Option("--server-momentum", help="Share of the last round's step to add; needs --before.")
+        float,
+        typer.Option(
+            "--server-momentum",
+            metavar="SHARE",
+            parser=number_or_percentage,
+            rich_help_panel=MERGING,
+            help="Share of the last round's step to add (0.9 or 90%); needs --before.",
+        ),
     ] = 0.0,
     before: Annotated[
-        Path | None, typer.Option("--before", help="The global checkpoint of the round before, for --server-momentum.")
+        Path | None,
+        typer.Option(
+            "--before",
+            metavar="FILE",
+            rich_help_panel=MERGING,
+            help="Global checkpoint of the round before, for --server-momentum.",
+        ),
     ] = None,
     partial: Annotated[
         bool,
-        typer.Option("--partial", help="Write a partial aggregate, OUT.partial.safetensors, to be merged further up."),
+        typer.Option(
+            "--partial",
+            rich_help_panel=OUTPUT,
+            help="Write a partial aggregate (.partial.safetensors), which a further `reconstruct` takes like a client.",
+        ),
     ] = False,
     report_file: Annotated[
-        Path | None, typer.Option("--report", help="Write a JSON report: clients, updates, coverage of each tensor.")
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="JSON report to write: clients, sizes of updates, how many clients hold each tensor.",
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the same as a page with bars.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="The same as a page to look at."),
+    ] = None,
     key: Key = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST_THREADS, help="CPU threads to use.")] = 1,
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads", metavar="N", min=1, max=MOST_THREADS, rich_help_panel=RUNTIME, help="CPU threads to use."
+        ),
+    ] = 1,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,

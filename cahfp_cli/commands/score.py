@@ -13,51 +13,100 @@ if TYPE_CHECKING:
 
 
 def score(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Our checkpoint, or someone else's.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Trained network: a checkpoint of cahfp, or someone else's with --model."
+        ),
+    ],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The scores file to write (.safetensors).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            rich_help_panel=options.OUTPUT,
+            help="Scores file to write (.safetensors).",
+        ),
+    ],
     data: options.Data = "digits@train",
     data_root: options.DataRoot = None,
     criterion: Annotated[
         str,
         typer.Option(
-            help="gate-ggn | gate-loss | gate-fisher | gate-magnitude | gate-taylor | gate-taylor-signed | "
-            "weight-fisher | obd | bn-scale | lamp | l1 | l2 | random"
+            "--criterion",
+            metavar="CRITERION",
+            autocompletion=options.offer(*options.CRITERIA),
+            rich_help_panel=options.SCORING,
+            help=f"How a channel group's worth is computed: {', '.join(options.CRITERIA)}.",
         ),
     ] = "gate-ggn",
     samples: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Calibration samples, drawn from --data.")
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.CALIBRATION,
+            help="Number of samples of --data to measure on, drawn at random.",
+        ),
     ] = 256,
     held_out: Annotated[
         int,
         typer.Option(
-            min=0, max=options.MOST, help="Further samples of --data, on which the scores are put to the test."
+            "--held-out",
+            metavar="N",
+            min=0,
+            max=options.MOST,
+            rich_help_panel=options.CALIBRATION,
+            help="Number of further samples, to test on how far the scores can be trusted; 0 for no test.",
         ),
     ] = 256,
     top: Annotated[
         int | None,
         typer.Option(
-            min=2, max=options.MOST, help="Look at so many of the likeliest classes a sample: all up to 16, else 3."
+            "--top",
+            metavar="N",
+            min=2,
+            max=options.MOST,
+            rich_help_panel=options.SCORING,
+            help="Measure the curvature over the N likeliest classes of each sample. Without it, over all where there "
+            "are at most 16, else over 3.",
         ),
     ] = None,
     draws: Annotated[
         int | None,
         typer.Option(
+            "--draws",
+            metavar="N",
             min=1,
             max=options.MOST,
-            help="Estimate the curvature from so many drawn labels a sample, not class by class.",
+            rich_help_panel=options.SCORING,
+            help="Estimate the curvature from N labels a sample, drawn from the network's own predictions, instead of "
+            "class by class.",
         ),
     ] = None,
     shrink: Annotated[
         float,
         typer.Option(
+            "--shrink",
+            metavar="X",
             min=0,
             callback=options.finite,
-            help="Standard errors that gate-loss takes off the gradient; 0 keeps it whole.",
+            rich_help_panel=options.SCORING,
+            help="For gate-loss: move each gradient towards zero by X of its standard errors, against noise; 0 leaves "
+            "it as it is.",
         ),
     ] = 1.0,
     interactions: Annotated[
-        bool, typer.Option("--interactions/--no-interactions", help="Keep how groups stand in for one another.")
+        bool,
+        typer.Option(
+            "--interactions/--no-interactions",
+            rich_help_panel=options.OUTPUT,
+            help="Also write how groups stand in for one another, which prune --selection quadratic needs.",
+        ),
     ] = True,
     model: options.Model = None,
     model_arg: options.ModelArg = None,

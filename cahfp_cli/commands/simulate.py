@@ -10,6 +10,7 @@ import typer
 
 from cahfp_cli.commands import options
 from cahfp_cli.commands.live import watched
+from cahfp_cli.commands.options import choice
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json, table
 
@@ -37,21 +38,49 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
 
 
 def simulate(
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="What to simulate.")],
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT.toml", help="Experiment to run: methods, data, fleet, rounds.")
+    ],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", rich_help_panel=options.OUTPUT, help="Folder to write."),
+    ],
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=options.OUTPUT, help="Go on where a simulation into this folder was stopped."
+        ),
+    ] = False,
     backend: Annotated[
-        str, typer.Option("--backend", help="Run clients in this process (local) or as nodes of Flower (flower).")
+        str,
+        choice(
+            "--backend",
+            BACKENDS,
+            options.RUNTIME,
+            "Run clients in this process (local) or as nodes of Flower's simulation (flower).",
+        ),
     ] = "local",
     deadline: Annotated[
         float,
-        typer.Option("--deadline", min=1, callback=options.finite, help="Seconds that a node of Flower has to answer."),
+        typer.Option(
+            "--deadline",
+            metavar="SECONDS",
+            min=1,
+            callback=options.finite,
+            rich_help_panel=options.RUNTIME,
+            help="Seconds that a node of Flower has to answer.",
+        ),
     ] = 600.0,
     jobs: Annotated[
         int,
         typer.Option(
-            "--jobs", min=1, max=options.MOST_THREADS, help="Runs at a time, in processes of --threads threads each."
+            "--jobs",
+            metavar="N",
+            min=1,
+            max=options.MOST_THREADS,
+            rich_help_panel=options.RUNTIME,
+            help="Runs (method, partition, seed) at the same time, in processes of --threads threads each.",
         ),
     ] = 1,
     threads: options.Threads = None,
@@ -63,8 +92,6 @@ def simulate(
 
     console = Console(json, quiet)
     check_there(experiment)
-    if backend not in BACKENDS:
-        raise UsageError(f"no backend {backend!r}: use one of {', '.join(BACKENDS)}.")
     if jobs > 1 and backend != "local":
         raise UsageError("--jobs belongs to --backend local.")
     if find_spec("matplotlib") is None:  # said before hours of rounds, not after them

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cahfp_cli.commands import options
+from cahfp_cli.commands.options import choice
 from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json
 
@@ -22,16 +23,30 @@ if TYPE_CHECKING:
 def train(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="[CHECKPOINT|SUBMODEL_DIR]", help="Where to start; without it, from scratch (--model)."),
+        typer.Argument(metavar="CHECKPOINT|SUBMODEL_DIR", help="Where to start; without it, from scratch (--model)."),
     ] = None,
     *,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A checkpoint file, or for a submodel the folder to write.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE|FOLDER",
+            rich_help_panel=options.OUTPUT,
+            help="Checkpoint to write (.safetensors), or for a submodel the folder.",
+        ),
     ],
     data: options.Data = "digits@train",
     data_root: options.DataRoot = None,
     test_data: Annotated[
-        str | None, typer.Option("--test-data", help="Data to evaluate on at the end; same specs as --data.")
+        str | None,
+        typer.Option(
+            "--test-data",
+            metavar="DATA",
+            autocompletion=options.offer(*options.DATA_SETS),
+            rich_help_panel=options.DATA,
+            help="Data to evaluate on at the end, such as digits@test.",
+        ),
     ] = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
@@ -39,18 +54,82 @@ def train(
     input_dtype: options.InputDtype = None,
     classes: options.Classes = None,
     key: options.Key = None,
-    epochs: Annotated[int, typer.Option(min=1, max=options.MOST, help="Passes over the data.")] = 10,
+    epochs: Annotated[
+        int,
+        typer.Option(
+            "--epochs",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.TRAINING,
+            help="Passes over the data.",
+        ),
+    ] = 10,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=options.MOST, help="Stop after so many optimiser steps instead.")
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            max=options.MOST,
+            rich_help_panel=options.TRAINING,
+            help="Number of optimiser steps (batches), in place of --epochs.",
+        ),
     ] = None,
     batch_size: options.BatchSize = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.05,
-    momentum: Annotated[float, typer.Option(help="Nesterov momentum.")] = 0.9,
-    weight_decay: Annotated[float, typer.Option(help="On matrices and kernels.")] = 5e-4,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
-    label_smoothing: Annotated[float, typer.Option(help="0 for none.")] = 0.0,
-    augment: Annotated[bool, typer.Option("--augment", help="Shift images by a few pixels.")] = False,
-    grad_clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    lr: Annotated[
+        float,
+        typer.Option("--lr", metavar="X", rich_help_panel=options.TRAINING, help="Highest learning rate."),
+    ] = 0.05,
+    momentum: Annotated[
+        float,
+        typer.Option(
+            "--momentum", metavar="X", rich_help_panel=options.TRAINING, help="Nesterov momentum, from 0 to below 1."
+        ),
+    ] = 0.9,
+    weight_decay: Annotated[
+        float,
+        typer.Option(
+            "--weight-decay",
+            metavar="X",
+            rich_help_panel=options.TRAINING,
+            help="Weight decay of matrices and kernels; biases and normalisation have none.",
+        ),
+    ] = 5e-4,
+    schedule: Annotated[
+        str,
+        choice(
+            "--schedule",
+            ("cosine", "constant"),
+            options.TRAINING,
+            "Learning rate over time: falling to 0 along a cosine, or constant.",
+        ),
+    ] = "cosine",
+    label_smoothing: Annotated[
+        float,
+        typer.Option(
+            "--label-smoothing",
+            metavar="SHARE",
+            parser=options.number_or_percentage,
+            rich_help_panel=options.TRAINING,
+            help="Share of a label that is spread over all classes (0.1 or 10%).",
+        ),
+    ] = 0.0,
+    augment: Annotated[
+        bool,
+        typer.Option(
+            "--augment", rich_help_panel=options.TRAINING, help="Augmentation: shift images by a few random pixels."
+        ),
+    ] = False,
+    grad_clip: Annotated[
+        float | None,
+        typer.Option(
+            "--grad-clip",
+            metavar="X",
+            rich_help_panel=options.TRAINING,
+            help="Scale gradients down to this norm; without it they are left as they are.",
+        ),
+    ] = None,
     curvature: Annotated[
         int | None,
         typer.Option(
@@ -58,10 +137,19 @@ def train(
             metavar="N",
             min=1,
             max=options.MOST,
-            help="For a submodel: measure the loss's curvature on N of its samples, for reconstruct --rule curvature.",
+            rich_help_panel=options.OUTPUT,
+            help="For a submodel: also measure the curvature of the loss, on N samples, for "
+            "reconstruct --rule curvature.",
         ),
     ] = None,
-    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="For a submodel: export the trained one.")] = True,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx/--no-onnx",
+            rich_help_panel=options.OUTPUT,
+            help="For a submodel: write the trained network as model.onnx too, or do not.",
+        ),
+    ] = True,
     opset: options.Opset = 18,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -77,8 +165,6 @@ def train(
     from cahfp_cli.pruning.ownership import foreign_in_submodel
 
     console = Console(json, quiet)
-    if schedule not in ("cosine", "constant"):
-        raise UsageError(f"--schedule {schedule!r}: choose cosine or constant")
     # Slips in what was typed are answered here, before torch is imported and long before training ends.
     if source is not None:
         check_there(source)

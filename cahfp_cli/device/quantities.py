@@ -1,4 +1,4 @@
-"""Quantities as people write them: `5ms`, `64MB`, `2MiB`, `0.5`, `50%`, `30M`; read exactly, printed in three digits."""
+"""Quantities as people write them: `5ms`, `64MB`, `0.5`, `50%`, `30M`; read exactly, printed in three digits."""
 
 import math
 import re

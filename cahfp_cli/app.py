@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cahfp_cli import __version__
-from cahfp_cli.commands import evaluate, inspect, profile, prune, reconstruct, score, simulate, train
+from cahfp_cli.commands import doctor, evaluate, inspect, profile, prune, reconstruct, score, simulate, train
 from cahfp_cli.commands.helping import Command, Group
 from cahfp_cli.errors import CahfpError
 from cahfp_cli.output import prepare_streams
@@ -29,6 +29,7 @@ app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(reconstruct.reconstruct)
 app.command(cls=Command)(inspect.inspect)
 app.command(cls=Command)(simulate.simulate)
+app.command(cls=Command)(doctor.doctor)
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130

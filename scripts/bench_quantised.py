@@ -28,12 +28,13 @@ import torch
 
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.data.spec import load_data
-from cahfp_cli.export.int8_layout import Int8Layout, has_vnni, is_x86, layout_of_machine
+from cahfp_cli.export.int8_layout import Int8Layout, layout_of_machine
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import CALIBRATION_SAMPLES, Dtype, Quantisation, export_quantised
 from cahfp_cli.models.resnet import resnet18
 from cahfp_cli.running.evaluation import evaluate_onnx
 from cahfp_cli.running.onnx_session import open_session
+from cahfp_cli.running.processor import has_vnni, is_x86
 from cahfp_cli.significance.measure import subset
 from cahfp_cli.training.sgd import TrainOptions, train
 

@@ -163,7 +163,7 @@ def test_the_blocker_blocks(without_torch: dict[str, str], fleet: Fleet) -> None
     assert done.returncode == 1 and "TORCH WAS IMPORTED" in done.stderr
 
 
-COMMANDS = ("train", "score", "prune", "evaluate", "reconstruct", "inspect", "profile", "simulate")
+COMMANDS = ("train", "score", "prune", "evaluate", "reconstruct", "inspect", "profile", "simulate", "doctor")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("profile", "predict")], ids=" ".join)

@@ -20,7 +20,7 @@ from tests.conftest import Clients, Fleet, run, run_here
 ROOT = Path(__file__).parents[1]
 
 COMMANDS = (
-    *("train", "score", "prune", "evaluate", "reconstruct", "inspect", "simulate"),
+    *("train", "score", "prune", "evaluate", "reconstruct", "inspect", "simulate", "doctor"),
     *("profile list", "profile show", "profile predict", "profile measure"),
 )
 ARGUMENTS = {

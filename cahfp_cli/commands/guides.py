@@ -79,6 +79,7 @@ GUIDES = {
         ),
         "docs/profiles.md",
     ),
+    "doctor": Guide(("cahfp doctor", "cahfp doctor --json"), "README.md"),
 }
 """By command, without the `cahfp` in front."""
 

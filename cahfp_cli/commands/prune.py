@@ -602,7 +602,7 @@ def check_dtypes(
 
 def warn_without_vnni(console: Console) -> None:
     """Say what int8 is worth on an x86 CPU without VNNI."""
-    from cahfp_cli.export.int8_layout import has_vnni, is_x86
+    from cahfp_cli.running.processor import has_vnni, is_x86
 
     if is_x86() and not has_vnni():
         console.warn(

@@ -1,7 +1,6 @@
 """A profile of the machine that this runs on, from microbenchmarks."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from cahfp_cli.device.latency import CLASSES
 from cahfp_cli.device.microbenchmarks import Microbenchmark, microbenchmarks
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Array
+from cahfp_cli.running.processor import processor
 from cahfp_cli.running.stopwatch import stopwatch
 
 COPIED = 256 * 2**20
@@ -163,16 +163,6 @@ def profile_content(name: str, threads: int, links: dict[str, Any], found: Fit, 
 def present(**values: Any) -> dict[str, Any]:
     """Those that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def processor() -> str:
-    """The CPU's name as the operating system has it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(errors="replace").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip() or platform.machine()
-    return platform.processor() or platform.machine()
 
 
 def profile_toml(measured: Measured) -> str:

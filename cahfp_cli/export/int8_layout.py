@@ -5,15 +5,12 @@ signed ones on Arm, signed ones around zero on GPUs. x86 without VNNI adds pairs
 overflow unless the weights keep to 7 bits (`reduce_range`).
 """
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from cahfp_cli.running.processor import has_vnni, is_x86
+
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-X86 = ("x86_64", "amd64", "i386", "i686")
-VNNI = {"avx512_vnni", "avx_vnni"}
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,3 @@ def layout_for(architecture: str | None, provider: str | None) -> Int8Layout:
 def layout_of_machine() -> Int8Layout:
     """The layout for the CPU that this runs on."""
     return Int8Layout("uint8", reduce_range=not has_vnni()) if is_x86() else Int8Layout("int8")
-
-
-def is_x86() -> bool:
-    return platform.machine().lower() in X86
-
-
-def has_vnni() -> bool:
-    """Whether an x86 CPU has AVX512-VNNI or AVX-VNNI, as Linux tells; elsewhere no is assumed, which costs one bit of
-    the weights and never overflows."""
-    try:
-        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(VNNI & set(line.split()) for line in lines if line.startswith("flags"))

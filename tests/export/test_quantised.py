@@ -18,12 +18,13 @@ from torch import nn
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.errors import VerificationError
-from cahfp_cli.export import int8_layout, quantised
-from cahfp_cli.export.int8_layout import Int8Layout, has_vnni, layout_for, layout_of_machine
+from cahfp_cli.export import quantised
+from cahfp_cli.export.int8_layout import Int8Layout, layout_for, layout_of_machine
 from cahfp_cli.export.onnx_file import export_onnx
 from cahfp_cli.export.quantised import CalibrationReader, Quantisation, export_quantised
 from cahfp_cli.models.resnet import resnet20
 from cahfp_cli.models.vgg import vgg11
+from cahfp_cli.running import processor
 
 METADATA = {"cahfp.checkpoint": "0" * 64, "cahfp.tool": "cahfp 0"}
 SHAPE = (1, 8, 8)
@@ -324,10 +325,10 @@ def test_calibration_takes_at_most_1024_samples_in_16_batches(samples, sizes):
 def test_layout_of_a_machine(tmp_path, monkeypatch, machine, flags, layout):
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: avx_vnni\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(int8_layout, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(int8_layout.platform, "machine", lambda: machine)
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
     assert layout_of_machine() == layout
-    assert has_vnni() == bool(flags and "vnni" in flags)
+    assert processor.has_vnni() == bool(flags and "vnni" in flags)
 
 
 @pytest.mark.parametrize(

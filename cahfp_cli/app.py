@@ -2,19 +2,34 @@
 
 import os
 import sys
-from typing import Annotated
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from cahfp_cli import __version__
 from cahfp_cli.commands import doctor, evaluate, inspect, profile, prune, reconstruct, score, simulate, train
 from cahfp_cli.commands.helping import Command, Group
-from cahfp_cli.errors import CahfpError
-from cahfp_cli.output import prepare_streams
+from cahfp_cli.errors import CahfpError, UsageError
+from cahfp_cli.output import LOG, prepare_streams, say
+
+
+class Program(Group):
+    """The whole command line; slips in what was typed, which Typer says itself, go to the log too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message"):  # click's, of whichever click this Typer has
+                LOG.write("ERROR", f"error: {error.format_message()}")
+            raise
+
 
 app = typer.Typer(
     name="cahfp",
-    cls=Group,
+    cls=Program,
     context_settings={"help_option_names": ["--help", "-h"]},
     help="Prune one trained network for each device of a fleet, and merge what the devices trained.",
     no_args_is_help=True,
@@ -41,11 +56,31 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def open_log(ctx: typer.Context, path: Path | None) -> None:
+    """Raises: UsageError: the file cannot be written."""
+    if path is None or ctx.resilient_parsing:
+        return
+    try:
+        LOG.open(path)
+    except OSError as error:
+        raise UsageError(f"--log {path}: {error.strerror}; name a file that can be written.") from error
+    LOG.write("INFO", f"cahfp {__version__}: {' '.join(sys.argv[1:])}")
+
+
 @app.callback(epilog="Exit codes: 0 done, 2 usage, 3 bad input, 4 budget cannot be met, 5 verification failed.")
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            callback=open_log,
+            help="Append what is said on standard error to this file, with time and level; goes before the command.",
+        ),
+    ] = None,
 ) -> None:
     pass
 
@@ -60,13 +95,18 @@ def main() -> None:
             sys.stdout.flush()
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # as Typer ends on Ctrl-C
-            sys.stderr.write("interrupted: nothing was left half-written\n")
+            say("interrupted: nothing was left half-written", "ERROR")
         raise
     except Exception as error:
-        if os.environ.get("CAHFP_DEBUG") == "1":
+        is_shown = os.environ.get("CAHFP_DEBUG") == "1"
+        if is_shown or exit_code(error) == INTERNAL_ERROR:
+            LOG.write("ERROR", traceback.format_exc())
+        if is_shown:
             raise
-        sys.stderr.write(f"error: {explain(error)}\n")
+        say(f"error: {explain(error)}", "ERROR")
         sys.exit(exit_code(error))
+    finally:
+        LOG.close()
 
 
 def exit_code(error: Exception) -> int:

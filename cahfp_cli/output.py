@@ -1,12 +1,15 @@
-"""Where text goes: results to standard output, everything else to standard error."""
+"""Where text goes: results to standard output, everything else to standard error, and with `--log` to a file too."""
 
 import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any, TextIO
 
 Json = dict[str, Any]
@@ -58,6 +61,55 @@ def patient(number: int, stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=number == 2 or os.isatty(number))
 
 
+class Log:
+    """A file to which lines are appended, each with its time and level; nothing until it is opened.
+
+    A disk that is full ends the log with a warning, not the work.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self.file: io.FileIO | None = None
+        self.show_warning = warnings.showwarning
+
+    def open(self, path: Path) -> None:
+        """Raises: OSError: it cannot be written."""
+        self.path, self.file = path, path.open("ab", buffering=0)
+        self.show_warning, warnings.showwarning = warnings.showwarning, self.warn
+
+    def close(self) -> None:
+        if self.file is not None:
+            warnings.showwarning = self.show_warning
+            self.file.close()
+            self.file = None
+
+    def write(self, level: str, text: str) -> None:
+        if self.file is None:
+            return
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        lines = "".join(f"{now} {level:<7} {line}\n" for line in text.splitlines())
+        try:
+            self.file.write(lines.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            self.close()
+            sys.stderr.write(f"warning: {self.path}: {error.strerror}; the log ends here\n")
+
+    def warn(self, message: Any, category: Any, *where: Any, **more: Any) -> None:
+        """In place of `warnings.showwarning`: what libraries warn of is shown as ever, and kept."""
+        self.show_warning(message, category, *where, **more)
+        self.write("WARNING", f"{category.__name__}: {message}")
+
+
+LOG = Log()
+"""That of this process, as standard error is."""
+
+
+def say(text: str, level: str = "INFO") -> None:
+    """A line on standard error, and in the log if there is one."""
+    sys.stderr.write(text + "\n")
+    LOG.write(level, text)
+
+
 @dataclass(frozen=True)
 class Console:
     """One command's voice: `json` prints one object, `quiet` leaves only results and errors."""
@@ -73,11 +125,11 @@ class Console:
     def note(self, text: str) -> None:
         """Say something in passing (progress, hints) on standard error."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            say(text)
 
     def warn(self, text: str) -> None:
         """Say something the user should know even when `--quiet`."""
-        sys.stderr.write(f"warning: {text}\n")
+        say(f"warning: {text}", "WARNING")
 
     @contextmanager
     def progress(self, label: str, of_bytes: bool = False) -> Iterator[Progress]:

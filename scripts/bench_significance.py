@@ -30,7 +30,7 @@ without attention layers as shipped (`_prepare_model` walks over None); that one
 a method looks at: gate criteria get the pool that set-aware gets, slower ones 256. Needs torch-pruning for `sets` and
 `tune`, transformers for `transformer`.
 
-    python scripts/bench_significance.py [--part sets tune] [--only vgg] [--seeds 3] [--quick] [-o docs/significance.md]
+    python scripts/bench_significance.py [--part sets tune] [--only vgg] [--seeds 3] [--quick] [-o significance.md]
 
 Trained networks and finished results stay in the folder --cache, each in a file named after all its settings, so that
 an interrupted run goes on and two runs may work side by side (one --only vgg, one --only resnet); the report says how

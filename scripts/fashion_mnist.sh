@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same pipeline as demo.sh on Fashion-MNIST with VGG-11: the global checkpoint is trained on the first 12,000 images,
-# the devices share the next 8,000. Some ten minutes; the figures in docs/results.md come from it.
+# the devices share the next 8,000. Some ten minutes; the figures in docs/results/demo.md come from it.
 # The data: `apt-get install dataset-fashion-mnist`.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -12,7 +12,7 @@ Each network runs in a process of its own, with a limit on time and memory, from
     reconstruct   merges the trained folder; and the untrained one, which must give the checkpoint back bit by bit
 
     python scripts/zoo.py [torchvision] [timm] [transformers] [--quick] [--only NAME] [--shard 1/4] -o results.jsonl
-    python scripts/zoo.py --table docs/zoo.md -o results.jsonl      writes the table of what is in the file
+    python scripts/zoo.py --table docs/results/zoo.md -o results.jsonl      writes the table of what is in the file
 
 The results file gets one JSON line a network; networks that it has for this commit are not run again without --again.
 Needs torchvision, timm and transformers (`pip install 'cahfp[vision]'`). The last line printed is JSON: of each library

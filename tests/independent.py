@@ -64,7 +64,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def gathered(whole: torch.Tensor, axes: Axes) -> torch.Tensor:
-    """What docs/files.md says that the submodel holds of a tensor."""
+    """What docs/reference/files.md says that the submodel holds of a tensor."""
     for axis, index in enumerate(axes.indices):
         if index is not None:
             whole = whole.index_select(axis, torch.from_numpy(index.astype(np.int64)))

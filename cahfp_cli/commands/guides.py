@@ -20,14 +20,14 @@ GUIDES = {
             "cahfp train --model resnet20 --data digits@train --epochs 8 -o own.safetensors",
             "cahfp train submodels/stm32h743 --data 'digits@train[0:500]' --epochs 3 \\\n    --lr 0.02 -o trained",
         ),
-        "README.md",
+        "docs/tutorial/two-boards.md",
     ),
     "score": Guide(
         (
             "cahfp score global.safetensors --data digits@train -o worth.safetensors",
             "cahfp score global.safetensors --criterion l2 -o norms.safetensors",
         ),
-        "docs/significance.md",
+        "docs/explanation/significance.md",
     ),
     "prune": Guide(
         (
@@ -35,14 +35,14 @@ GUIDES = {
             "    --memory 400KB --data digits@test -o fleet",
             "cahfp prune global.safetensors --scores scores.safetensors --macs 50% -o half",
         ),
-        "docs/significance.md",
+        "docs/explanation/method.md",
     ),
     "evaluate": Guide(
         (
             "cahfp evaluate global.safetensors --data digits@test",
             "cahfp evaluate submodels/stm32h743/model.onnx --data digits@test --threads 1",
         ),
-        "docs/export.md",
+        "docs/reference/onnx.md",
     ),
     "reconstruct": Guide(
         (
@@ -50,34 +50,36 @@ GUIDES = {
             "cahfp reconstruct global.safetensors trained-stm32 trained-custom \\\n"
             "    --rule median --clip median --report merged.json -o robust.safetensors",
         ),
-        "docs/reconstruction.md",
+        "docs/explanation/reconstruction.md",
     ),
     "inspect": Guide(
         ("cahfp inspect submodels/stm32h743", "cahfp inspect global.safetensors --groups"),
-        "docs/files.md",
+        "docs/reference/files.md",
     ),
     "simulate": Guide(
         (
             "cahfp simulate scripts/federation_local.toml -o simulated",
             "cahfp simulate scripts/federation_local.toml -o simulated --resume",
         ),
-        "docs/federation.md",
+        "docs/how-to/federate.md",
     ),
-    "profile list": Guide(("cahfp profile list", "cahfp profile list --json"), "docs/profiles.md"),
-    "profile show": Guide(("cahfp profile show stm32h743", "cahfp profile show jetson --json"), "docs/profiles.md"),
+    "profile list": Guide(("cahfp profile list", "cahfp profile list --json"), "docs/reference/profiles.md"),
+    "profile show": Guide(
+        ("cahfp profile show stm32h743", "cahfp profile show jetson --json"), "docs/reference/profiles.md"
+    ),
     "profile predict": Guide(
         (
             "cahfp profile predict global.safetensors --profile stm32h743",
             "cahfp profile predict resnet20 --input-shape 3x32x32 --profile jetson",
         ),
-        "docs/latency.md",
+        "docs/explanation/latency-model.md",
     ),
     "profile measure": Guide(
         (
             "cahfp profile measure -o here.toml",
             "cahfp profile measure --threads 2 --name laptop -o laptop.toml",
         ),
-        "docs/profiles.md",
+        "docs/how-to/own-device.md",
     ),
     "doctor": Guide(("cahfp doctor", "cahfp doctor --json"), "README.md"),
 }

@@ -316,7 +316,7 @@ class DefaultBudget(Record):
 
 
 class DeviceProfile(Record):
-    """One device. docs/profiles.md says what each figure means and how to write a profile of one's own."""
+    """One device. docs/reference/profiles.md says what each figure means and how to write a profile of one's own."""
 
     format: Literal["cahfp.profile/1"]
     name: Name

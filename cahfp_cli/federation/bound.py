@@ -1,4 +1,4 @@
-"""The terms of the convergence bound (docs/federation.md), measured at the global network w of a round.
+"""The terms of the convergence bound (docs/explanation/federation.md), measured at the global network w of a round.
 
 With F_k the mean loss of client k over all its samples, p_k its share of everybody's samples, F = sum_k p_k F_k, and
 q_k the share of client k among those whose replies were merged:

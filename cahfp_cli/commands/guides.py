@@ -81,7 +81,7 @@ GUIDES = {
         ),
         "docs/how-to/own-device.md",
     ),
-    "doctor": Guide(("cahfp doctor", "cahfp doctor --json"), "README.md"),
+    "doctor": Guide(("cahfp doctor", "cahfp doctor --json"), "docs/README.md"),
 }
 """By command, without the `cahfp` in front."""
 

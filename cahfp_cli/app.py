@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +99,9 @@ def main() -> None:
     except Exception as error:
         is_shown = os.environ.get("CAHFP_DEBUG") == "1"
         if is_shown or exit_code(error) == INTERNAL_ERROR:
-            LOG.write("ERROR", traceback.format_exc())
+            from traceback import format_exc  # costs a tenth of the time that help takes
+
+            LOG.write("ERROR", format_exc())
         if is_shown:
             raise
         say(f"error: {explain(error)}", "ERROR")

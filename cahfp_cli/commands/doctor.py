@@ -1,12 +1,12 @@
 """`cahfp doctor`: what is installed, what is missing, and what this machine can do.
 
-It imports what it looks at inside functions, and takes whatever an import raises for an answer.
+It imports what it looks at inside functions, and takes whatever an import raises for an answer; importlib.metadata too,
+since that costs help a third of its time.
 """
 
 import importlib
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from cahfp_cli import __version__
@@ -83,6 +83,8 @@ def examination() -> Json:
 
 def packages() -> tuple[list[Package], dict[str, list[Package]]]:
     """Packages that cahfp needs, and those of each extra; none where cahfp itself is not installed."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
     try:
         about = metadata(NAME)
         from packaging.requirements import Requirement
@@ -114,6 +116,8 @@ def packages() -> tuple[list[Package], dict[str, list[Package]]]:
 
 def examine(requirement: "Requirement") -> Package:
     """Import a package and compare its version."""
+    from importlib.metadata import PackageNotFoundError, version
+
     name, wanted = requirement.name, str(requirement.specifier)
     try:
         there = version(name)
@@ -139,6 +143,8 @@ def contains(wanted: str, there: str) -> bool:
 
 def wanted_python() -> str | None:
     """The range of Python's versions, where it can be read."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
     try:
         importlib.import_module("packaging")
         return next(iter(metadata(NAME).get_all("Requires-Python") or []), None)

@@ -20,4 +20,4 @@ def test_without_flower_the_extra_is_named(missing: str, tmp_path: Path, monkeyp
 
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     done = run("simulate", write_toml(tmp_path / "e.toml"), "-o", tmp_path / "out", "--backend", "rai")
-    assert done.code == 2 and "local, flower" in done.stderr
+    assert done.code == 2 and "local or flower" in done.stderr

@@ -2,7 +2,7 @@
 
 Each case follows from --seed and its number, and runs in a process of its own with limits. A case that ends in exit
 code 1, a traceback, a signal or out of time, or whose files do not pass checks that share no code with the product
-(tests/independent.py), is a fault.
+(tests/support/independent.py), is a fault.
 
     python scripts/fuzz.py -o fuzz.jsonl --cases 0:2000        runs those that the file does not have for this commit
     python scripts/fuzz.py -o fuzz.jsonl --cases 17:18 --keep FOLDER    runs case 17 again and leaves its files
@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 from forked import Limits, each  # noqa: E402
 from zoo import commit, preload  # noqa: E402
 
-from tests import fuzz  # noqa: E402
+from tests.support import fuzz  # noqa: E402
 
 KINDS = ("network", "options", "damage", "options", "damage")
 """Of cases in turn; networks take longest."""

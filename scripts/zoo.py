@@ -90,9 +90,9 @@ class Bench:
 
 def well(*arguments: object) -> Record:
     """What a command that must succeed printed with --json. Raises: FailedError: it did not; its code and message."""
-    from tests.here import cahfp
+    from tests.support.commands import run_here
 
-    said = cahfp(*arguments, "--json", "--quiet")
+    said = run_here(*arguments, "--json", "--quiet")
     if said.code != 0:
         raise FailedError(f"exit {said.code}: {said.error[-400:]}")
     result: Record = said.json
@@ -197,7 +197,7 @@ def prune(bench: Bench) -> Record:
     """Calibrated; without the ONNX file where only that fails, which then is the stage `onnx`'s to tell."""
     from safetensors.torch import load_file
 
-    from tests.independent import faults_of_map
+    from tests.support.independent import faults_of_map
 
     scores = bench.folder / "scores.safetensors"
     if not scores.exists():  # as `score` says itself; what comes after is tried all the same
@@ -245,7 +245,7 @@ def train(bench: Bench) -> Record:
 def reconstruct(bench: Bench) -> Record:
     from safetensors.torch import load_file
 
-    from tests.independent import differing
+    from tests.support.independent import differing
 
     whole = load_file(bench.checkpoint)
     same, merged = bench.folder / "same.safetensors", bench.folder / "merged.safetensors"

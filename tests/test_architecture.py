@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMMAND, Clients, Fleet, environment
+from tests.support.commands import COMMAND, environment
+from tests.support.fleet import Clients, Fleet
 
 PACKAGE = Path(__file__).parents[1] / "cahfp_cli"
 ORDER = (

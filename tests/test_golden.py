@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tests.conftest import run_here
+from tests.support.commands import run_here
 
 GOLDEN = Path(__file__).parent / "golden"
 SAID: dict[str, Any] = json.loads((GOLDEN / "inspect.json").read_text())

@@ -15,7 +15,8 @@ from cahfp_cli.app import app
 from cahfp_cli.commands import options
 from cahfp_cli.commands.guides import EXIT_CODES, GUIDES
 from cahfp_cli.commands.helping import Entry, entries
-from tests.conftest import Clients, Fleet, run, run_here
+from tests.support.commands import run, run_here
+from tests.support.fleet import Clients, Fleet
 
 ROOT = Path(__file__).parents[1]
 

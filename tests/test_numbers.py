@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_here
+from tests.support.commands import run_here
 
 NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "-1", "", "much", "0x1", "9" * 5000)
 MEASURE = ("profile", "measure", "-o", "new.toml")

@@ -10,7 +10,7 @@ from torch import nn
 
 from cahfp_cli.coupling.analysis import analyse, cut
 from tests.coupling.test_rules import OPERATORS, REWRITTEN, SIDE
-from tests.networks import difference, examples, masked, masks, randomise
+from tests.support.networks import difference, examples, masked, masks, randomise
 
 RANDOM = {"noise by size, unused", "normal noise, unused"}
 STEPS = {name: operator for name, (operator, _) in OPERATORS.items() if name not in RANDOM}

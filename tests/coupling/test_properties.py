@@ -11,7 +11,7 @@ from cahfp_cli.formats.gathering import gather, scatter
 from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.submodel import make_index_map
 from cahfp_cli.significance.gates import ConsumerInputs
-from tests.networks import Masks, difference, examples, masked, masks, networks
+from tests.support.networks import Masks, difference, examples, masked, masks, networks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DIGEST = "0" * 64

@@ -13,7 +13,7 @@ from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.registry import RULES
 from cahfp_cli.coupling.rules.reshape import blocks
 from cahfp_cli.errors import InputError, VerificationError
-from tests.networks import Attention, Masks, difference, masked
+from tests.support.networks import Attention, Masks, difference, masked
 
 SIDE = 4
 

@@ -14,7 +14,7 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.models.outputs import logits_of
 from cahfp_cli.models.tensors import state_arrays
 from cahfp_cli.pruning.submodel import gather_all, make_index_map
-from tests.networks import Masks, difference, masked
+from tests.support.networks import Masks, difference, masked
 
 library = pytest.importorskip("transformers")
 

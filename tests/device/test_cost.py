@@ -17,7 +17,7 @@ from cahfp_cli.device.cost import (
 from cahfp_cli.device.operators import Operator, Product, Workload
 from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Axis, Size
-from tests.networks import examples
+from tests.support.networks import examples
 
 IMAGE, POOLED, CLASSES = 12, 6, 10
 

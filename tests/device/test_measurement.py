@@ -10,8 +10,9 @@ from cahfp_cli.device.calibration import Fit
 from cahfp_cli.device.latency import rates_of
 from cahfp_cli.device.measurement import Measured, profile_content, profile_toml
 from cahfp_cli.device.profile import DeviceProfile, read_profile
-from tests.conftest import Fleet, run, run_well
 from tests.device.test_latency import LINKS, made_up
+from tests.support.commands import run, run_well
+from tests.support.fleet import Fleet
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cahfp_cli.provenance import portable
-from tests.conftest import LOCAL_TRAIN, PRUNE, SCORE, SHARES, SUBMODEL_FILES, TRAIN, Clients, Fleet, run_well
+from tests.support.commands import start_well
+from tests.support.fleet import LOCAL_TRAIN, PRUNE, SCORE, SHARES, SUBMODEL_FILES, TRAIN, Clients, Fleet
 
 
 def same_folder(one: Path, two: Path) -> None:
@@ -16,7 +17,7 @@ def same_folder(one: Path, two: Path) -> None:
 
 
 def test_training_from_scratch_twice(fleet: Fleet, tmp_path: Path) -> None:
-    done = run_well("train", *TRAIN, "-o", tmp_path / "another.safetensors", "--quiet")
+    done = start_well("train", *TRAIN, "-o", tmp_path / "another.safetensors", "--quiet")
     assert done.stderr == ""
     assert "another.safetensors: 1442 samples" in done.stdout
     assert (tmp_path / "another.safetensors").read_bytes() == fleet.checkpoint.read_bytes()
@@ -24,7 +25,7 @@ def test_training_from_scratch_twice(fleet: Fleet, tmp_path: Path) -> None:
 
 def test_scoring_twice(fleet: Fleet, tmp_path: Path) -> None:
     shutil.copy(fleet.checkpoint, tmp_path)
-    done = run_well("score", tmp_path / "global.safetensors", *SCORE, "-o", "again.safetensors", "-q", cwd=tmp_path)
+    done = start_well("score", tmp_path / "global.safetensors", *SCORE, "-o", "again.safetensors", "-q", cwd=tmp_path)
     assert done.stderr == ""
     assert (tmp_path / "again.safetensors").read_bytes() == fleet.scores.read_bytes()
 
@@ -33,7 +34,7 @@ def test_pruning_twice_and_alone_instead_of_with_other_devices(fleet: Fleet, tmp
     for file in (fleet.checkpoint, fleet.scores):
         shutil.copy(file, tmp_path)
     arguments = ("global.safetensors", "--scores", "scores.safetensors", "--profile", "stm32", *PRUNE)
-    done = run_well("prune", *arguments, "--data", "digits@test", "-o", "alone", "--quiet", cwd=tmp_path)
+    done = start_well("prune", *arguments, "--data", "digits@test", "-o", "alone", "--quiet", cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout.endswith("wrote alone/stm32h743\n")
     assert len(list((tmp_path / "alone" / "stm32h743").iterdir())) == len(SUBMODEL_FILES)
@@ -44,7 +45,7 @@ def test_training_a_submodel_twice(fleet: Fleet, clients: Clients, tmp_path: Pat
     shutil.copytree(fleet.submodels["stm32h743"], tmp_path / "received" / "stm32h743")
     shutil.copy(clients.folder / "stm32h743.npz", tmp_path)
     arguments = ("received/stm32h743", "--data", "npz:stm32h743.npz", *LOCAL_TRAIN)
-    done = run_well("train", *arguments, "-o", "sent", "--quiet", cwd=tmp_path)
+    done = start_well("train", *arguments, "-o", "sent", "--quiet", cwd=tmp_path)
     assert done.stderr == ""
     same_folder(tmp_path / "sent", clients.folders["stm32h743"])
 
@@ -52,7 +53,7 @@ def test_training_a_submodel_twice(fleet: Fleet, clients: Clients, tmp_path: Pat
 def test_reconstructing_twice_in_another_order_and_folder(fleet: Fleet, clients: Clients, tmp_path: Path) -> None:
     shutil.copytree(clients.folder / "clients", tmp_path / "inbox")
     folders = [f"inbox/{name}" for name in reversed(SHARES)]
-    done = run_well("reconstruct", fleet.checkpoint, *folders, "-o", "new.safetensors", "--quiet", cwd=tmp_path)
+    done = start_well("reconstruct", fleet.checkpoint, *folders, "-o", "new.safetensors", "--quiet", cwd=tmp_path)
     assert done.stderr == ""
     assert (tmp_path / "new.safetensors").read_bytes() == clients.merged.read_bytes()
 

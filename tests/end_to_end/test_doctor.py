@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from cahfp_cli.commands import doctor
 from cahfp_cli.commands.doctor import Package, examine
-from tests.conftest import run, run_here
+from tests.support.commands import run, run_here
 from tests.test_architecture import BLOCK_TORCH
 
 

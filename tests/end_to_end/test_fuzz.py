@@ -9,8 +9,8 @@ from random import Random
 import pytest
 import torch
 
-from tests import fuzz
-from tests.odd_networks import NETWORKS
+from tests.support import fuzz
+from tests.support.odd_networks import NETWORKS
 
 CALIBRATED = ("--keep", 0.5, "--calibration", "DATA", "--samples", fuzz.SAMPLES, "--rounds", 2)
 KEEPING_ALL = ("--keep", 1.0, "--selection", "independent")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SUBMODEL_FILES, Clients, Fleet, run, run_well
+from tests.support.commands import run, run_well
+from tests.support.fleet import SUBMODEL_FILES, Clients, Fleet
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "stm32h743.toml"
 KINDS = {

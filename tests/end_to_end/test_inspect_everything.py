@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import Clients, Fleet, run_here
+from tests.support.commands import run_here
+from tests.support.fleet import Clients, Fleet
 
 EXPERIMENT = """
 partitions = ["iid"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMMAND, MODEL, TIMEOUT, Fleet, environment
+from tests.support.commands import COMMAND, TIMEOUT, environment
+from tests.support.fleet import MODEL, Fleet
 
 PRUNE = ("--params", "0.5", "--threads", "1", "--force")
 TRAIN = ("train", *MODEL, "--steps", "4", "--batch-size", "16", "--threads", "1", "--force")

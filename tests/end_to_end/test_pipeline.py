@@ -11,7 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from tests.conftest import LIMITS, PROFILES, SHARES, SUBMODEL_FILES, Clients, Fleet, run_well
+from tests.support.commands import run_well
+from tests.support.fleet import LIMITS, PROFILES, SHARES, SUBMODEL_FILES, Clients, Fleet
 
 COSTS = {"latency_seconds", "memory_bytes", "storage_bytes", "macs", "params"}
 devices = pytest.mark.parametrize("device", PROFILES.values())

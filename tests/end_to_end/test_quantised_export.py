@@ -6,7 +6,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.conftest import SUBMODEL_FILES, Done, Fleet, run, run_well
+from tests.support.commands import Done, run, run_well
+from tests.support.fleet import SUBMODEL_FILES, Fleet
 
 ASKED = ("--macs", "0.8", "--calibration", "digits@train", "--samples", "300", "--rounds", "2", "--threads", "1")
 FILES = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}

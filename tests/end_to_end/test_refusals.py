@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import MODEL, Clients, Fleet, run, run_well
-from tests.end_to_end import damage
+from tests.support import damage
+from tests.support.commands import run, run_well
+from tests.support.fleet import MODEL, Clients, Fleet
 
 Arguments = list[object]
 FOREIGN = [*MODEL, "--input-shape", "1x8x8", "--classes", "10"]

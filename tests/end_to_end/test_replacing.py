@@ -10,7 +10,8 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
-from tests.conftest import Fleet, run_here
+from tests.support.commands import run_here
+from tests.support.fleet import Fleet
 
 
 def write_onnx(path: Path) -> None:

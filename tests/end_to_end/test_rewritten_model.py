@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import run, run_well
+from tests.support.commands import run, run_well
 
 CODE = '''
 import torch

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
-from tests.here import Said, cahfp
+from tests.support.commands import Done, run_here
 
 CODE = """
 import torch
@@ -128,17 +128,17 @@ class Bench:
         self.data = ("--data", f"{folder}/nets.py:data")
         self.checkpoint, self.scores, self.submodel = folder / "g.safetensors", folder / "s", folder / "sub"
 
-    def train(self, *source: object, output: Path | None = None, model: tuple[str, ...] = ()) -> Said:
+    def train(self, *source: object, output: Path | None = None, model: tuple[str, ...] = ()) -> Done:
         where = self.checkpoint if output is None else output
-        return cahfp("train", *source, *(model or self.model), *self.data, *TRAIN, "--no-onnx", "-o", where)
+        return run_here("train", *source, *(model or self.model), *self.data, *TRAIN, "--no-onnx", "-o", where)
 
-    def evaluate(self, *options: object) -> Said:
-        return cahfp("evaluate", self.checkpoint, *self.model, *options, *self.data, "--no-latency", "--json")
+    def evaluate(self, *options: object) -> Done:
+        return run_here("evaluate", self.checkpoint, *self.model, *options, *self.data, "--no-latency", "--json")
 
     def prune(self, keep: str = "0.5") -> None:
         done = [
-            cahfp("score", self.checkpoint, *self.model, *self.data, "-o", self.scores),
-            cahfp(
+            run_here("score", self.checkpoint, *self.model, *self.data, "-o", self.scores),
+            run_here(
                 *("prune", self.checkpoint, *self.model, "--scores", self.scores, "--keep", keep, "--no-onnx"),
                 *("--selection", "independent", "-o", self.submodel),
             ),
@@ -170,7 +170,9 @@ def test_an_infinite_constant_goes_through_every_command_and_comes_back_as_it_wa
     for rule in ("fill", "covered", "median", "curvature"):
         more = () if rule == "median" else ("--clip", "median", "--server-lr", "0.5")
         merged, report = tmp_path / f"{rule}.safetensors", tmp_path / f"{rule}.json"
-        done = cahfp("reconstruct", bench.checkpoint, *clients, "--rule", rule, *more, "-o", merged, "--report", report)
+        done = run_here(
+            "reconstruct", bench.checkpoint, *clients, "--rule", rule, *more, "-o", merged, "--report", report
+        )
         assert done.code == 0, done.error
         after = bench.tensors(merged)
         assert after["mask"].tobytes() == before["mask"].tobytes()
@@ -178,8 +180,8 @@ def test_an_infinite_constant_goes_through_every_command_and_comes_back_as_it_wa
             after["first.weight"], before["first.weight"]
         )
     partial = tmp_path / "p.partial.safetensors"
-    assert cahfp("reconstruct", bench.checkpoint, *clients, "--partial", "-o", partial).code == 0
-    assert cahfp("reconstruct", bench.checkpoint, partial, "-o", tmp_path / "again.safetensors").code == 0
+    assert run_here("reconstruct", bench.checkpoint, *clients, "--partial", "-o", partial).code == 0
+    assert run_here("reconstruct", bench.checkpoint, partial, "-o", tmp_path / "again.safetensors").code == 0
     assert bench.tensors(tmp_path / "again.safetensors")["mask"].tobytes() == before["mask"].tobytes()
 
 
@@ -213,7 +215,7 @@ def test_a_client_that_changed_an_infinite_constant_or_made_another_is_refused(t
         places = changed[name] == old if old is not None else np.arange(3) == 0
         changed[name][places] = new
         save_file(changed, path, metadata)
-        done = cahfp("reconstruct", bench.checkpoint, bench.submodel, "-o", tmp_path / "r.safetensors")
+        done = run_here("reconstruct", bench.checkpoint, bench.submodel, "-o", tmp_path / "r.safetensors")
         assert done.code == 3 and f"'{name}' holds NaN or infinite" in done.error
 
 
@@ -229,7 +231,7 @@ def test_complex_weights_are_trained_scored_cut_and_read_again(tmp_path: Path) -
     assert trained.dtype == np.complex64 and not np.array_equal(trained, np.ones(4))
     bench.prune()
     assert bench.tensors(bench.submodel / "submodel.safetensors")["filter"].tobytes() == trained.tobytes()
-    done = cahfp("evaluate", bench.submodel, *bench.model, *bench.data, "--no-latency")
+    done = run_here("evaluate", bench.submodel, *bench.model, *bench.data, "--no-latency")
     assert done.code == 0, done.error
 
 
@@ -241,7 +243,7 @@ def test_extra_state_goes_through_every_command_or_is_left_out_with_a_word(name:
     assert ("_extra_state" in bench.tensors(bench.checkpoint)) == (name == "ExtraTensor")
     bench.prune()
     assert bench.train(bench.submodel, output=tmp_path / "client").code == 0
-    done = cahfp("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
+    done = run_here("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
     assert done.code == 0, done.error
 
 
@@ -252,7 +254,7 @@ def test_buffers_of_odd_shapes_and_types_go_through_every_command(name: str, tmp
     bench.prune()
     done = bench.train(bench.submodel, "--curvature", "10", output=tmp_path / "client")
     assert done.code == 0, done.error
-    done = cahfp("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
+    done = run_here("reconstruct", bench.checkpoint, tmp_path / "client", "-o", tmp_path / "r.safetensors")
     assert done.code == 0, done.error
     before, after = (bench.tensors(path)["odd"] for path in (bench.checkpoint, tmp_path / "r.safetensors"))
     assert before.dtype == after.dtype and before.tobytes() == after.tobytes()

@@ -17,7 +17,8 @@ from cahfp_cli.commands.networks import open_network
 from cahfp_cli.coupling.analysis import analyse
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.significance.measure import split, subset
-from tests.conftest import Done, Fleet, run, run_well
+from tests.support.commands import Done, run, run_well, start_well
+from tests.support.fleet import Fleet
 
 SAMPLES = 300
 DIVERGENCE = {"predicted", "measured", "final", "fitted", "held_out"}
@@ -202,7 +203,7 @@ def test_the_same_inputs_give_the_same_bytes(fleet: Fleet, made: Made, tmp_path:
     for file in (fleet.checkpoint, fleet.scores):
         shutil.copy(file, tmp_path)
     inputs = ("global.safetensors", "--scores", "scores.safetensors", *CALIBRATED, "--data", "digits@test")
-    run_well("prune", *inputs, "--no-onnx", "-o", "again", "--quiet", cwd=tmp_path)
+    start_well("prune", *inputs, "--no-onnx", "-o", "again", "--quiet", cwd=tmp_path)
     for name in ("submodel.safetensors", "index_map.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (made.folder / name).read_bytes(), name
     again = Made(tmp_path / "again", made.said).report

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import Clients, Fleet, run, run_well
+from tests.support.commands import run, run_well
+from tests.support.fleet import Clients, Fleet
 
 INDEX = "model.safetensors.index.json"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMMAND, SHARES, Clients, Fleet, environment, run, run_well
+from tests.support.commands import COMMAND, environment, run, run_well
+from tests.support.fleet import SHARES, Clients, Fleet
 
 
 @pytest.mark.parametrize("command", ["train", "score", "prune", "client", "reconstruct"])

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Done, run_here
+from tests.support.commands import Done, run_here
 
 CODE = """
 import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.support.commands import environment
 
 CHECKOUT = Path(__file__).parents[2]
 MAIN = "import cahfp_cli.app; print(cahfp_cli.__file__, file=__import__('sys').stderr); cahfp_cli.app.main()"

@@ -17,7 +17,7 @@ from cahfp_cli.coupling.analysis import cut
 from cahfp_cli.errors import VerificationError
 from cahfp_cli.export import onnx_file
 from cahfp_cli.export.onnx_file import export_onnx
-from tests.networks import IMAGE, Attention, Layer, VisionTransformer, examples, masks, networks
+from tests.support.networks import IMAGE, Attention, Layer, VisionTransformer, examples, masks, networks
 
 METADATA = {"cahfp.checkpoint": "0" * 64, "cahfp.tool": "cahfp 0"}
 

@@ -6,8 +6,8 @@ import pytest
 
 from cahfp_cli.errors import UsageError
 from cahfp_cli.federation.flower import engine
-from tests.conftest import run
-from tests.federation.small import PROVENANCE, experiment, write_toml
+from tests.support.commands import run
+from tests.support.experiments import PROVENANCE, experiment, write_toml
 
 
 @pytest.mark.parametrize("missing", ["flwr", "ray"])

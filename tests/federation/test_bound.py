@@ -11,7 +11,7 @@ from torch import nn
 from cahfp_cli.data.dataset import Dataset
 from cahfp_cli.federation.bound import Part, measured, terms
 from cahfp_cli.federation.simulation import simulate
-from tests.federation.small import PROVENANCE, experiment
+from tests.support.experiments import PROVENANCE, experiment
 
 SIZES, HIDDEN, LR, SIZE = (12, 7, 9), 4, 0.1, 5
 KEPT = {0: [0, 2], 2: [0, 1, 2]}

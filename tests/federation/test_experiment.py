@@ -6,7 +6,7 @@ import pytest
 
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.experiment import read_experiment
-from tests.federation.small import TOML, experiment, write_toml
+from tests.support.experiments import TOML, experiment, write_toml
 
 
 def test_with_masks_that_clients_choose_all_go_by_their_own_scores() -> None:

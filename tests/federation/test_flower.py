@@ -25,9 +25,9 @@ from cahfp_cli.federation.flower.protocol import ARRAYS, CLIENT, EXAMPLES, LOSS,
 from cahfp_cli.federation.flower.server import FlowerClients
 from cahfp_cli.federation.flower.wire import packed, unpacked
 from cahfp_cli.federation.simulation import Run, simulate
-from tests.federation.in_process import InProcessGrid
-from tests.federation.small import PROVENANCE, experiment
 from tests.federation.test_rounds import finals, without_seconds
+from tests.support.experiments import PROVENANCE, experiment
+from tests.support.in_process import InProcessGrid
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from cahfp_cli.federation.rounds import first_memory
 from cahfp_cli.federation.run import write_first
 from cahfp_cli.federation.setting import Setting, make_setting, prepare, write_start
 from cahfp_cli.models.tensors import state_arrays, to_tensor
-from tests.federation.small import PROVENANCE, experiment
+from tests.support.experiments import PROVENANCE, experiment
 
 MODELS = [{"spec": "vgg11", "args": {"width": 0.125}}, {"spec": "resnet20", "args": {"width": 0.5}}]
 

@@ -11,8 +11,8 @@ import pytest
 
 from cahfp_cli.commands.live import Runs, cells, live_table, warn
 from cahfp_cli.output import Console
-from tests.conftest import COMMAND, environment, run_well
-from tests.federation.small import write_toml
+from tests.support.commands import COMMAND, environment, run_well
+from tests.support.experiments import write_toml
 
 HEADS = ("partition", "round", "deployed, %", "up, MB", "seconds")
 

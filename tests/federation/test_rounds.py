@@ -29,7 +29,7 @@ from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.reconstruction import gate as reconstruction_gate
 from cahfp_cli.reconstruction.merge import reconstruct
-from tests.federation.small import PROVENANCE, experiment
+from tests.support.experiments import PROVENANCE, experiment
 
 SECONDS = "seconds"
 

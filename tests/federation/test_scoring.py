@@ -17,7 +17,7 @@ from cahfp_cli.federation.rounds import first_memory, situation_of, trained_mask
 from cahfp_cli.federation.scoring import diminishing, even, layered, level, nested, renewed
 from cahfp_cli.federation.setting import Setting, make_setting, prepare
 from cahfp_cli.federation.simulation import simulate
-from tests.federation.small import PROVENANCE, experiment
+from tests.support.experiments import PROVENANCE, experiment
 
 DATA = {"train": "digits@train[0:300]", "test": "digits@test[0:100]"}
 

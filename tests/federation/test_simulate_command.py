@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import COMMAND, environment, run, run_well
-from tests.federation.small import TOML, write_toml
+from tests.support.commands import COMMAND, environment, run, run_well
+from tests.support.experiments import TOML, write_toml
 
 
 def test_the_command_writes_metrics_a_summary_figures_and_one_report(tmp_path: Path) -> None:

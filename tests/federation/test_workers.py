@@ -15,8 +15,8 @@ from cahfp_cli.checkpoint.sole_writer import sole_writer
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.simulation import EXPERIMENT, recorded, simulate
 from cahfp_cli.federation.workers import workers
-from tests.conftest import COMMAND, environment, run
-from tests.federation.small import PROVENANCE, TOML, experiment, write_toml
+from tests.support.commands import COMMAND, environment, run
+from tests.support.experiments import PROVENANCE, TOML, experiment, write_toml
 
 PARENT = """
 import os, sys, time

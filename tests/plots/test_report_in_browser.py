@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_well
-from tests.federation.small import TOML, write_toml
+from tests.support.commands import run_well
+from tests.support.experiments import TOML, write_toml
 
 CHROMIUM = shutil.which("chromium")
 LOOK = """<script>addEventListener("load", () => {

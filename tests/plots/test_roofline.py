@@ -8,8 +8,8 @@ from PIL import Image
 
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.plots.roofline import INTENSITY, draw_roofline, reached
-from tests.conftest import run, run_well
 from tests.device.test_latency import calibrated, made_up
+from tests.support.commands import run, run_well
 
 
 def test_the_command_draws_a_picture_and_does_not_overwrite_it(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.plots.figure_file import save_figure
 from cahfp_cli.plots.scores import KEPT, LARGEST, MOST_PANELS, REMOVED, draw_scores
 from cahfp_cli.significance.scores import Scores, ScoresMetadata
-from tests.conftest import Done, Fleet, run, run_well
-from tests.end_to_end import damage
+from tests.support import damage
+from tests.support.commands import Done, run, run_well
+from tests.support.fleet import Fleet
 
 MICROCONTROLLER = "stm32h743"
 

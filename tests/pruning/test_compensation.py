@@ -27,11 +27,11 @@ from cahfp_cli.pruning.compensation import (
 from cahfp_cli.pruning.submodel import gather_all, make_index_map
 from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import ConsumerInputs, predict
-from tests.networks import Glu, Masks, Twice, examples, masks, networks
 from tests.pruning.test_linearised import Softmax, made_up
 from tests.significance.test_gates import NETWORKS, explicit, logits_of_gates
 from tests.significance.test_gates import gauss_newton as explicit_gauss_newton
 from tests.significance.test_gates import prepared as prepared_groups
+from tests.support.networks import Glu, Masks, Twice, examples, masks, networks
 
 DIGEST = "0123456789abcdef" * 4
 

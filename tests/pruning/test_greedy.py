@@ -22,9 +22,9 @@ from cahfp_cli.pruning.target import Target
 from cahfp_cli.significance.gates import GateJacobian
 from tests.device.test_latency import calibrated
 from tests.device.test_latency import made_up as made_up_rates
-from tests.networks import examples
 from tests.pruning.test_linearised import linearised, made_up
 from tests.pruning.test_selection import NAMES, chain, problems
+from tests.support.networks import examples
 
 
 @st.composite

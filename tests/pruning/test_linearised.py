@@ -14,8 +14,8 @@ from cahfp_cli.pruning.linearised import Linearised, Quadratic
 from cahfp_cli.significance.divergence import divergence
 from cahfp_cli.significance.gates import GateJacobian, gate_jacobian, predict
 from cahfp_cli.significance.statistics import gate_statistics
-from tests.networks import examples
 from tests.significance.test_gates import NETWORKS, explicit, gauss_newton, logits_of_gates, prepared
+from tests.support.networks import examples
 
 SAMPLES, HIDDEN, CLASSES = 20, 7, 4
 REFERENCES = ("network", "labels", "others")

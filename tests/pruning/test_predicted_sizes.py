@@ -12,7 +12,7 @@ from cahfp_cli.coupling.meta_run import ContiguousProducts
 from cahfp_cli.coupling.verification import LAYOUT
 from cahfp_cli.device.cost import compile_workload
 from cahfp_cli.device.workload import depends_on_input, make_workload
-from tests.networks import IMAGE, Network, examples, masks, networks
+from tests.support.networks import IMAGE, Network, examples, masks, networks
 
 
 def workload_of(network, analysis):

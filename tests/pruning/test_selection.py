@@ -16,7 +16,7 @@ from cahfp_cli.device.sizes import Axis, Size
 from cahfp_cli.errors import BudgetError, UsageError
 from cahfp_cli.pruning.budget import Budget, limits_of, values_of
 from cahfp_cli.pruning.selection import select
-from tests.networks import examples
+from tests.support.networks import examples
 
 NAMES = ("macs", "params", "storage", "memory", "latency")
 

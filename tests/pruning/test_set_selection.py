@@ -34,7 +34,7 @@ from cahfp_cli.significance.gates import gate_jacobian, predict
 from cahfp_cli.significance.statistics import gate_statistics
 from cahfp_cli.training.sgd import TrainOptions, train
 from tests.end_to_end.test_rewritten_model import CODE
-from tests.networks import Attention, Layer, VisionTransformer, randomise
+from tests.support.networks import Attention, Layer, VisionTransformer, randomise
 
 CPU = torch.device("cpu")
 NAMES = ("latency", "memory", "storage", "macs", "params")

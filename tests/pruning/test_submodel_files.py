@@ -11,7 +11,7 @@ from cahfp_cli.formats.index_map_file import read_index_map
 from cahfp_cli.models.checkpoint_io import save_checkpoint
 from cahfp_cli.pruning.submodel import gather_all, make_index_map, write_submodel
 from cahfp_cli.reconstruction.merge import reconstruct
-from tests.networks import CLASSES, examples, masks, networks
+from tests.support.networks import CLASSES, examples, masks, networks
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")
 MODEL = ModelSpec(spec="tests:network")

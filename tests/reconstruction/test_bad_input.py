@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, Fleet, fleet, load, save_client, save_global
 
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.writer import save_arrays
@@ -15,6 +14,7 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.formats.index_map_file import write_index_map
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import PROVENANCE, Fleet, fleet, load, save_client, save_global
 
 
 def submodel(it: Fleet) -> Path:

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, bits, fleet, load, merge
 from test_robust import rewrite
 
 from cahfp_cli.checkpoint import safetensors_file
@@ -14,6 +13,7 @@ from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.reconstruction import merge as merging
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import PROVENANCE, bits, fleet, load, merge
 
 
 @pytest.mark.parametrize("victim", ["global", "client"])

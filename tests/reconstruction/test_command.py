@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from fleet import fleet
 
 from cahfp_cli.checkpoint.digest import content_digest
 from cahfp_cli.checkpoint.metadata import CheckpointMetadata, read_metadata
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
+from tests.support.clients_on_disk import fleet
 
 # Only this command, so that the test does not depend on the others.
 MAIN = """

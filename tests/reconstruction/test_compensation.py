@@ -7,7 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from fleet import PROVENANCE, Fleet, bits, fleet, load, merge, oracle, places, save_client, save_global
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,18 @@ from cahfp_cli.checkpoint.dtypes import DTYPES
 from cahfp_cli.errors import InputError
 from cahfp_cli.formats.index_map import IndexMap, TensorMap, without_factors
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import (
+    PROVENANCE,
+    Fleet,
+    bits,
+    fleet,
+    load,
+    merge,
+    oracle,
+    places,
+    save_client,
+    save_global,
+)
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
 BOTH_RULES = pytest.mark.parametrize("rule", ["fill", "covered"])

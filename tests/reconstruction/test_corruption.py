@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-from damage import DAMAGES, MAP, SUBMODEL, many_lists, path_of
-from fleet import PROVENANCE, Fleet, fleet, save_client
 
 from cahfp_cli.checkpoint.dtypes import DTYPES
 from cahfp_cli.errors import InputError
 from cahfp_cli.formats.index_map_file import read_index_map
 from cahfp_cli.reconstruction.gate import HEADER_BYTES
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.client_damage import DAMAGES, MAP, SUBMODEL, many_lists, path_of
+from tests.support.clients_on_disk import PROVENANCE, Fleet, fleet, save_client
 
 SECONDS = 20
 COMMAND = Path(sys.executable).with_name("cahfp")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fleet import PROVENANCE, bits, cut, fleet, load, merge, save_client
 from test_changed_files import shards
 
 from cahfp_cli.checkpoint.digest import arrays_digest
@@ -11,7 +10,8 @@ from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 from cahfp_cli.formats.index_map import IndexMap
 from cahfp_cli.reconstruction.merge import reconstruct
-from tests.conftest import Done, run_here
+from tests.support.clients_on_disk import PROVENANCE, bits, cut, fleet, load, merge, save_client
+from tests.support.commands import Done, run_here
 
 
 def run_well_here(*arguments: object) -> Done:

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, load, save_client, save_global
 
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.dtypes import dtype_code
 from cahfp_cli.errors import InputError
 from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import PROVENANCE, load, save_client, save_global
 
 DTYPES = (np.bool_, np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import Fleet, fleet
 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import Fleet, fleet
 
 COMMAND = Path(sys.executable).with_name("cahfp")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(inspect.getfile(reconstruct)).parents[2]), "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, bits, load, save_client, save_global
 
 from cahfp_cli.checkpoint.digest import arrays_digest
 from cahfp_cli.checkpoint.metadata import KEY, InputFile
@@ -12,6 +11,7 @@ from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.formats.report import most_bytes, read_report, write_report
 from cahfp_cli.reconstruction import writing
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import PROVENANCE, bits, load, save_client, save_global
 
 
 def whole(tensors):

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cahfp_cli.checkpoint.digest import arrays_digest, file_sha256
+from cahfp_cli.checkpoint.metadata import CheckpointMetadata, Provenance, read_metadata
+from cahfp_cli.checkpoint.safetensors_file import open_safetensors
+from cahfp_cli.checkpoint.writer import save_arrays
+from cahfp_cli.errors import UsageError
+from cahfp_cli.formats.index_map import IndexMap, TensorMap
+from cahfp_cli.reconstruction.merge import reconstruct
+from cahfp_cli.reconstruction.report import Coverage
+from tests.support.clients_on_disk import (
     PROVENANCE,
     bits,
     cut,
@@ -20,17 +31,6 @@ from fleet import (
     save_client,
     save_global,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from cahfp_cli.checkpoint.digest import arrays_digest, file_sha256
-from cahfp_cli.checkpoint.metadata import CheckpointMetadata, Provenance, read_metadata
-from cahfp_cli.checkpoint.safetensors_file import open_safetensors
-from cahfp_cli.checkpoint.writer import save_arrays
-from cahfp_cli.errors import UsageError
-from cahfp_cli.formats.index_map import IndexMap, TensorMap
-from cahfp_cli.reconstruction.merge import reconstruct
-from cahfp_cli.reconstruction.report import Coverage
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
 quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import PROVENANCE, bits, curvature, fleet, load, merge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from cahfp_cli.checkpoint.sharded import open_checkpoint
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError, UsageError
 from cahfp_cli.reconstruction.merge import reconstruct
+from tests.support.clients_on_disk import PROVENANCE, bits, curvature, fleet, load, merge
 
 quick = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import bits, curvature, curvature_metadata, fleet, load, merge, places, save_global
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from cahfp_cli.formats.gathering import gather
 from cahfp_cli.formats.index_map import without_factors as without
 from cahfp_cli.reconstruction.curvature import CAP, FLOOR
 from cahfp_cli.reconstruction.round import Step
+from tests.support.clients_on_disk import bits, curvature, curvature_metadata, fleet, load, merge, places, save_global
 
 quick = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -82,7 +82,7 @@ def test_one_client_of_five_cannot_drag_a_trimmed_mean_or_a_median(tmp_path):
 
 
 def rewrite(it, number: int, submodel: dict[str, np.ndarray]) -> None:
-    from fleet import save_client
+    from tests.support.clients_on_disk import save_client
 
     it.submodels[number] = submodel
     save_client(it.folders[number], submodel, it.maps[number], it.examples[number])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fleet import Fleet, fleet, load
+
+from tests.support.clients_on_disk import Fleet, fleet, load
 
 CLIENTS = 1000
 OPEN_FILES = 256  # stricter than the usual soft limit of 1,024, and hard: the command cannot raise it

@@ -24,8 +24,8 @@ from cahfp_cli.significance.measure import Measuring, measure, subset
 from cahfp_cli.significance.registry import CRITERIA, Evidence, find_criterion
 from cahfp_cli.significance.scores import Scores, ScoresMetadata, read_scores, write_scores
 from cahfp_cli.significance.statistics import GateStatistics, gate_statistics
-from tests.networks import Attention, Layer, VisionTransformer, randomise
 from tests.significance.test_gates import Transposed
+from tests.support.networks import Attention, Layer, VisionTransformer, randomise
 
 PROVENANCE = Provenance(tool="cahfp 0", command="test")
 DIGEST = "0123456789abcdef" * 4

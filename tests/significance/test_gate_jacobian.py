@@ -15,8 +15,8 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.significance import gates
 from cahfp_cli.significance.gates import classes_looked_at, gate_jacobian, predict
 from tests.end_to_end.test_rewritten_model import CODE
-from tests.networks import Masks, examples, masked, masks, networks
 from tests.significance.test_gates import NETWORKS, close, explicit, gauss_newton, prepared
+from tests.support.networks import Masks, examples, masked, masks, networks
 
 SAMPLES, CLASSES = 12, 10
 THRESHOLD = 0.02

@@ -14,7 +14,7 @@ from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.errors import InputError
 from cahfp_cli.significance import statistics
 from cahfp_cli.significance.statistics import gate_statistics
-from tests.networks import Attention, Layer, Residual, VisionTransformer, masked, randomise
+from tests.support.networks import Attention, Layer, Residual, VisionTransformer, masked, randomise
 
 Flat = nn.Flatten
 

@@ -21,9 +21,9 @@ from cahfp_cli.significance.registry import Evidence, find_criterion
 from cahfp_cli.significance.statistics import gate_statistics
 from cahfp_cli.training.curvature import measure_curvature
 from cahfp_cli.training.sgd import TrainOptions, train
-from tests.networks import masked, randomise
 from tests.pruning.test_set_selection import Case
 from tests.significance.test_gates import close, products, reference
+from tests.support.networks import masked, randomise
 
 SAMPLES, CLASSES = 6, 3
 

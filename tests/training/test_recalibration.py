@@ -9,7 +9,7 @@ from torch import nn
 
 from cahfp_cli.errors import InputError
 from cahfp_cli.training.recalibration import recalibrate
-from tests.networks import Residual, randomise
+from tests.support.networks import Residual, randomise
 
 SAMPLES = 22
 

@@ -1,7 +1,7 @@
 """Commands on odd networks, with drawn options, on damaged files; and what must hold of whatever they say is done.
 
 A fault is a sentence. Every command must end with a documented code other than 1 and say why in a few lines; what ends
-with 0 is checked on its files by `tests/independent.py`. Everything drawn follows from one `random.Random`.
+with 0 is checked on its files by `tests/support/independent.py`. Everything drawn follows from one `random.Random`.
 """
 
 import json
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from typer.models import OptionInfo
 
 from cahfp_cli.app import app
-from tests import independent
-from tests.here import Said, cahfp
-from tests.odd_networks import CLASSES, NETWORKS, Odd, make
+from tests.support import independent
+from tests.support.commands import Done, run_here
+from tests.support.odd_networks import CLASSES, NETWORKS, Odd, make
 
 DOCUMENTED = (0, 2, 3, 4, 5)
 MOST_LINES = 6
@@ -33,7 +33,7 @@ QUIET = ("--threads", 1, "--quiet")
 Faults = list[str]
 
 
-def complaint(said: Said, command: Sequence[object]) -> Faults:
+def complaint(said: Done, command: Sequence[object]) -> Faults:
     """What is wrong with how a command ended."""
     shown = f"cahfp {' '.join(map(str, command))}"
     if said.code not in DOCUMENTED:
@@ -67,13 +67,13 @@ class Bench:
     def opened(self) -> tuple[object, ...]:
         """How the checkpoint is opened."""
         shape = "x".join(map(str, self.odd.shape))
-        named = ("--model", "tests.odd_networks:make", "--model-arg", f"name={self.name}")
+        named = ("--model", "tests.support.odd_networks:make", "--model-arg", f"name={self.name}")
         tokens = ("--input-dtype", "int64") if self.odd.tokens else ()
         return (*named, "--input-shape", shape, "--classes", CLASSES, *tokens)
 
     def run(self, command: str, *arguments: object) -> bool:
         """Whether a command ended with 0; its faults and its refusal are noted."""
-        said = cahfp(command, *arguments)
+        said = run_here(command, *arguments)
         self.faults += complaint(said, (command, *arguments))
         if said.code != 0:
             self.refusals.setdefault(command, f"exit {said.code}: {said.error[-400:]}")
@@ -177,7 +177,7 @@ def through_every_command(bench: Bench, options: Options) -> Faults:
 
 def faults_of_outputs(bench: Bench, whole: independent.Tensors, folder: Path, options: Options) -> Faults:
     """The folder as commands load it, and its ONNX file, against the masked network in plain torch."""
-    said = cahfp(
+    said = run_here(
         "evaluate", folder, *bench.opened[:2], "--data", f"npz:{bench.folder / 'data.npz'}", "--no-latency", "--json"
     )
     found = complaint(said, ("evaluate", folder))
@@ -541,7 +541,7 @@ def good_files(folder: Path, onnx: bool = True) -> Fleet:
         ("reconstruct", whole, folder / "trained", "--partial", "--quiet", "-o", folder / "part.partial.safetensors"),
     )
     for step in steps:
-        said = cahfp(*step)
+        said = run_here(*step)
         assert said.code == 0, f"{step}: {said.stderr}"
     return Fleet(folder)
 
@@ -552,7 +552,7 @@ def with_damage(fleet: Fleet, random: Random, to: Path) -> Faults:
     name = random.choice(sorted(copy.readers()))
     how = damaged(copy.folder / name, random)
     command = random.choice(copy.readers()[name])
-    said = cahfp(*command)
+    said = run_here(*command)
     found = [f"{name} ({how}): {fault}" for fault in complaint(said, command)]
     merged = copy.folder / "o.safetensors"
     if said.code == 0 and command[0] == "reconstruct" and merged.exists() and name != "global.safetensors":
@@ -565,7 +565,7 @@ def with_options(fleet: Fleet, random: Random, to: Path) -> Faults:
     """Run a command of a copy of a fleet with drawn options."""
     copy = fleet.copied(to)
     command = drawn_command(random, copy.right())
-    return complaint(cahfp(*command), command)
+    return complaint(run_here(*command), command)
 
 
 def with_odd_network(random: Random, to: Path) -> Faults:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fleet import PROVENANCE, Fleet, save_client
 
 from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.formats.index_map import IndexMap, TensorMap
 from cahfp_cli.formats.index_map_file import write_index_map
+from tests.support.clients_on_disk import PROVENANCE, Fleet, save_client
 
 SUBMODEL, MAP, REPORT = "submodel.safetensors", "index_map.safetensors", "report.json"
 

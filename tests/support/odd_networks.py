@@ -1,7 +1,7 @@
 """Networks that are written as people write them, and not as a tracer would like them; each is odd in one way.
 
-`make(name=...)` is a factory for `--model tests/odd_networks.py:make --model-arg name=NAME`. `NETWORKS` says of each
-what a sample is, whether zeroing what a submodel lacks gives the submodel's outputs (a normalisation over pruned
+`make(name=...)` is a factory for `--model tests.support.odd_networks:make --model-arg name=NAME`. `NETWORKS` says of
+each what a sample is, whether zeroing what a submodel lacks gives the submodel's outputs (a normalisation over pruned
 channels does not), and of those that may be refused, why.
 """
 

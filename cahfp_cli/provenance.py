@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -27,6 +28,11 @@ def provenance(command: str, options: Mapping[str, JsonValue], inputs: Sequence[
         options=dict(options),
         inputs=tuple(sorted(files, key=lambda file: (file.file, file.sha256))),
     )
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were set."""
+    return {name: value for name, value in options.items() if value not in (None, False, [])}
 
 
 def portable(spec: str) -> str:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "cahfp_cli"
 ORDER = (
     *("__init__", "errors", "factories", "checkpoint", "provenance", "formats"),
     *("models", "data", "coupling", "running", "training", "device", "export"),
-    *("significance", "pruning", "reconstruction", "plots", "federation"),
+    *("significance", "pruning", "reconstruction", "plots", "federation", "library"),
     *("output", "commands", "app", "__main__"),
 )
 """Each imports only what stands before it."""

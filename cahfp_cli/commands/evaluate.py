@@ -42,7 +42,7 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure accuracy and loss on data, and on this machine latency and size."""
-    from cahfp_cli.commands.networks import check_data, check_there, open_network
+    from cahfp_cli.commands.networks import check_there, open_network
     from cahfp_cli.data.spec import load_data
 
     # Slips in what was typed are answered here, before torch is imported.
@@ -52,6 +52,7 @@ def evaluate(
 
     from cahfp_cli.device.quantities import format_bytes, format_seconds
     from cahfp_cli.export.side_file import size_of_file
+    from cahfp_cli.library.network import check_data
     from cahfp_cli.models.inputs import torch_type
     from cahfp_cli.running import evaluation
     from cahfp_cli.running.device import pick_device, use_threads

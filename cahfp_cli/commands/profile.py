@@ -333,7 +333,7 @@ def _network(
 
 def _measured(network: nn.Module, shape: tuple[int, ...], dtype: InputDtype, model: str, threads: int) -> float:
     """Seconds of a call on this machine: of the ONNX file that MODEL names, or of the network as one."""
-    from cahfp_cli.commands.networks import seconds_here
+    from cahfp_cli.library.clock import seconds_here
     from cahfp_cli.running.stopwatch import seconds_a_call
 
     if model.endswith(".onnx"):

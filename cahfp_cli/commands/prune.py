@@ -1,8 +1,7 @@
 """`cahfp prune`: one submodel for each device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -10,22 +9,14 @@ import typer
 
 from cahfp_cli.commands import options
 from cahfp_cli.commands.options import choice
-from cahfp_cli.errors import BudgetError, InputError, UsageError
+from cahfp_cli.errors import UsageError
 from cahfp_cli.output import Console, Json, table
 
 if TYPE_CHECKING:
-    from cahfp_cli.commands.networks import Network
-    from cahfp_cli.coupling.analysis import Analysis
     from cahfp_cli.data.dataset import Dataset
-    from cahfp_cli.device.cost import Cost
     from cahfp_cli.device.profile import DeviceProfile
-    from cahfp_cli.export.onnx_file import ExportOptions
     from cahfp_cli.export.quantised import Dtype, Quantisation
     from cahfp_cli.pruning.budget import Budget
-    from cahfp_cli.pruning.selection import Selection
-    from cahfp_cli.pruning.set_selection import SetOptions
-    from cahfp_cli.pruning.verified import Verified
-    from cahfp_cli.running.evaluation import Metrics
     from cahfp_cli.significance.scores import Scores
 
 
@@ -280,15 +271,7 @@ def prune(
     dry_run: options.DryRun = False,
 ) -> None:
     """Cut one submodel for each device: compact weights, index map, ONNX file and report."""
-    from cahfp_cli.commands.networks import (
-        analysed,
-        check_data,
-        check_global,
-        first_samples,
-        given,
-        open_network,
-        recorded,
-    )
+    from cahfp_cli.commands.networks import check_global, open_network
     from cahfp_cli.device.catalogue import load_profile
     from cahfp_cli.significance.scores import read_scores
 
@@ -307,151 +290,73 @@ def prune(
     for warning in without_influence(chosen, calibration, scored):
         console.warn(warning)
 
-    from cahfp_cli.checkpoint.metadata import SubmodelMetadata
-    from cahfp_cli.coupling.analysis import cut
-    from cahfp_cli.coupling.masking import check_submodel
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.device.workload import unmodelled_operators
-    from cahfp_cli.export.onnx_file import ExportOptions
-    from cahfp_cli.models.tensors import check_can_be_saved, to_array
-    from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.pruning.set_selection import SetOptions
-    from cahfp_cli.pruning.submodel import gather_all, make_index_map, trained_arrays, with_arrays, write_submodel
-    from cahfp_cli.pruning.target import protected
-    from cahfp_cli.running.device import pick_device, repeatable, use_threads
-    from cahfp_cli.running.evaluation import evaluate
-    from cahfp_cli.significance.measure import hold_out, subset
-    from cahfp_cli.training.recalibration import recalibrate as recalibrate_norms
+    from cahfp_cli.library.prune import Demand, Pruning, before, choose, choose_verified, cut_out, prepare
+    from cahfp_cli.library.submodel import save_submodel
+    from cahfp_cli.provenance import given
+    from cahfp_cli.running.device import use_threads
 
     use_threads(threads)
-    where = pick_device(device)
     dataset = load_data(data, data_root=data_root, default_split="test") if data is not None else None
     found = load_data(calibration, data_root=data_root) if calibration is not None else None
     of_input = scored.metadata.input_dtype if scored is not None else found.input_dtype if found is not None else None
     network = open_network(
         checkpoint, model, model_arg, input_shape, input_dtype, classes, of_input, key, warn=console.warn
     )
-    check_can_be_saved(network.model)
-    for given_data in (dataset, found):
-        if given_data is not None:
-            check_data(given_data, network)
-    looked_at = found if found is not None else dataset
-    analysis = analysed(network, console, looked_at)
-    if scored is not None and not belong_together(scored, network, analysis):
-        raise InputError(
-            f"{scores}: these scores belong to another checkpoint than {checkpoint}.\n"
-            f"Score again: cahfp score {checkpoint} --data SPEC -o {scores} --force"
-        )
-    if chosen == "quadratic" and calibration is None and scored is not None and scored.interactions is None:
-        raise InputError(
-            f"{scores}: it has no interactions, so sets cannot be told apart.\nScore again with gate-ggn and without "
-            "--no-interactions, or pass --calibration SPEC."
-        )
-    samples_of, judging = None, None
-    if found is not None:
-        by_set = chosen != "independent"
-        samples_of, judging = hold_out(found, samples, seed) if by_set else (subset(found, samples, seed), None)
-    real = samples_of or dataset
-    exporting = ExportOptions(None if real is None else real.x, seed, opset)
-    how = SetOptions(
+    how = Pruning(
+        selection=chosen,
+        samples=samples,
         rounds=rounds,
         compensate=compensate,
-        model="quadratic" if chosen == "quadratic" else "linear",
         reference="labels" if reference == "labels" else "network",
+        recalibrate=recalibrate,
+        exclude=tuple(exclude or ()),
+        min_width=min_width,
         batch_size=batch_size,
+        opset=opset,
+        device=device,
+        seed=seed,
     )
+    job = prepare(network, scored, how, found, dataset, console.warn, scores)
     if "int8" in dtypes:
         warn_without_vnni(console)
-    selections: list[Selection] = []
-    verified: list[Verified] = []
-    free = replace(analysis, groups=protected(analysis.groups, exclude or [], min_width))
-    network.model.to(where)
-    with repeatable(seed, where), console.progress("selecting") as progress:
-        for number, target in enumerate(targets):
-            select = partial(
-                choose,
-                scored=scored,
-                network=network,
-                analysis=free,
-                selection=chosen,
-                calibration=samples_of,
-                held_out=judging,
-                how=how,
-                on_progress=steps_of(progress, number, len(targets)),
-            )
+    demands = [Demand(target.budget, target.profile) for target in targets]
+    selections, verified = [], None
+    with console.progress("selecting") as progress:
+        for number, demand in enumerate(demands):
+            part = steps_of(progress, number, len(demands))
             if verify:
-                verified.append(choose_verified(target, network, free, select, exporting))
-                selections.append(verified[-1].selection)
+                verified = choose_verified(job, demand, part)
+                selections.append(verified.selection)
             else:
-                selections.append(select(target))
+                selections.append(choose(job, demand, part))
     for warning in dict.fromkeys(warning for picked in selections for warning in picked.warnings):
         console.warn(warning)
 
-    before = evaluate(network.model, dataset, 256, where) if dataset is not None else None
-    network.model.cpu()
-    shown_data = portable(data) if data else None
-    arrays = {name: to_array(tensor, name) for name, tensor in network.tensors.items()}
-    limits = given(
+    full = before(job)
+    asked = given(
         {"latency": latency, "memory": memory, "storage": storage, "macs": macs, "params": params, "keep": keep}
     )
-    settings: Json = {"selection": chosen, **given({"exclude": exclude or None})}
-    settings |= {"min_width": min_width} if min_width > 1 else {}
-    if calibration is not None:
-        settings |= {"calibration": portable(calibration), "samples": samples, "seed": seed, "batch_size": batch_size}
-        settings |= {"rounds": rounds, "compensate": compensate, "reference": reference, "recalibrate": recalibrate}
-    unmodelled = unmodelled_operators(analysis.traces[0])
-    reports = []
+    asked |= given({"dtype": list(dtypes) or None, "opset": opset if onnx and opset != 18 else None})
+    reports: list[Json] = []
     with console.progress("pruning") as progress:
-        for target, picked in zip(targets, selections, strict=True):
-            submodel, rewrites = cut(network.model, analysis, picked.kept)
-            check_submodel(network.model, analysis, picked.kept, submodel, first_samples(looked_at))
-            index_map = make_index_map(arrays, analysis.groups, picked.kept, network.digest, rewrites, picked.gates)
-            compact = gather_all(arrays, index_map)
-            with_arrays(submodel, compact)
-            if recalibrate and samples_of is not None and recalibrate_norms(submodel, samples_of.x, 2 * batch_size):
-                compact = trained_arrays(submodel, index_map)
-            after = evaluate(submodel, dataset, 256, where) if dataset is not None else None
-            report = describe(target, picked, settings, scored, analysis, before, after, shown_data, unmodelled)
-            for one in verified:
-                report["measured"] = {"latency_seconds": one.seconds, "tries": one.tries}
+        for target, demand, picked in zip(targets, demands, selections, strict=True):
+            submodel = cut_out(job, demand, picked, full, asked)
+            if verified is not None:
+                measured = {"latency_seconds": verified.seconds, "tries": verified.tries}
+                submodel = replace(submodel, report={**submodel.report, "measured": measured})
+            report = dict(submodel.report)
             if not dry_run:
-                asked = {
-                    **limits,
-                    **settings,
-                    **given({"profile": target.name, "data": shown_data, "dtype": list(dtypes) or None}),
-                    **given({"opset": opset if onnx and opset != 18 else None}),
-                }
-                origin = provenance("prune", asked, (*network.files, *((scores,) if scores is not None else ())))
-                metadata = SubmodelMetadata(
-                    model=recorded(network.spec),
-                    input_shape=network.input_shape,
-                    input_dtype=network.input_dtype,
-                    classes=network.classes,
-                    checkpoint=network.digest,
-                    profile=target.name,
-                    provenance=origin,
-                )
                 if target.folder != output:
                     output.mkdir(exist_ok=True)
-                report = write_submodel(
-                    target.folder,
-                    submodel.cpu(),
-                    compact,
-                    index_map,
-                    metadata,
-                    report,
-                    onnx=onnx,
-                    exporting=exporting,
-                    quantised=quantisations(dtypes, target.profile, samples_of, dataset, seed),
-                    storage_limit=picked.limits.by_name.get("storage"),
-                    force=force,
-                )
+                made = quantisations(dtypes, target.profile, job.calibration, dataset, seed)
+                report = save_submodel(submodel, target.folder, onnx=onnx, quantised=made, force=force)
                 note_file(console, target.folder, report)
             reports.append({"folder": str(target.folder), **report})
             progress(len(reports), len(targets))
     outcome = "nothing written (--dry-run)" if dry_run else f"wrote {', '.join(r['folder'] for r in reports)}"
-    if unmodelled:
-        console.warn(f"no cost model knows these, which count as copies: {', '.join(unmodelled)}")
+    if job.unmodelled:
+        console.warn(f"no cost model knows these, which count as copies: {', '.join(job.unmodelled)}")
     console.result(f"{human(reports)}\n\n{outcome}", {"written": not dry_run, "submodels": reports})
 
 
@@ -514,13 +419,6 @@ def check_targets(targets: Sequence[Target], output: Path, force: bool) -> None:
     for target in targets:
         folder = target.folder if target.folder.parent.exists() else output
         check_folder_target(folder, force, foreign_in_submodel)
-
-
-def belong_together(scores: "Scores", network: "Network", analysis: "Analysis") -> bool:
-    """Whether the scores were measured on this checkpoint, with the groups that we find now."""
-    import numpy as np
-
-    return scores.metadata.checkpoint == network.digest and np.array_equal(scores.family, analysis.groups.family)
 
 
 def check_selection(
@@ -643,122 +541,6 @@ def note_file(console: Console, folder: Path, report: Json) -> None:
 def steps_of(progress: Callable[[int, int], None], number: int, of: int) -> Callable[[int, int], None]:
     """Progress of one of several equal parts, as progress of the whole."""
     return lambda done, total: progress(number * total + done, of * total)
-
-
-def choose(
-    target: Target,
-    scored: "Scores | None",
-    network: "Network",
-    analysis: "Analysis",
-    selection: "SelectionName",
-    calibration: "Dataset | None",
-    held_out: "Dataset | None",
-    how: "SetOptions",
-    on_progress: Callable[[int, int], None],
-) -> "Selection":
-    """Select the groups for one device. Raises: BudgetError: the smallest network does not fit; the device is named."""
-    from cahfp_cli.device.cost import compile_workload
-    from cahfp_cli.device.workload import make_workload
-    from cahfp_cli.models.tensors import saved_state
-    from cahfp_cli.pruning.selection import select
-    from cahfp_cli.pruning.set_selection import select_from_interactions, select_set
-
-    itemsizes = {name: tensor.element_size() for name, tensor in saved_state(network.model).items()}
-    cost = compile_workload(make_workload(analysis, itemsizes), target.profile)
-    groups = analysis.groups
-    try:
-        if selection != "independent" and calibration is not None:
-            return select_set(network.model, analysis, cost, target.budget, calibration, how, on_progress, held_out)
-        assert scored is not None  # checked before
-        if selection == "independent":
-            return select(scored.significance, groups.family, cost, target.budget, groups.narrowest)
-        assert scored.interactions is not None  # checked before
-        return select_from_interactions(scored.interactions, groups, cost, target.budget)
-    except BudgetError as error:
-        raise BudgetError(f"{target.name}: {error}" if target.name else str(error)) from None
-
-
-def choose_verified(
-    target: Target,
-    network: "Network",
-    analysis: "Analysis",
-    select: Callable[[Target], "Selection"],
-    exporting: "ExportOptions",
-) -> "Verified":
-    """Select for this machine, by what it measures. Raises: BudgetError: nothing is fast enough."""
-    from cahfp_cli.commands.networks import seconds_here
-    from cahfp_cli.coupling.analysis import cut
-    from cahfp_cli.pruning.verified import select_verified
-
-    threads = target.profile.runtime.threads if target.profile else 1
-
-    def measure(picked: "Selection") -> float:
-        submodel, _ = cut(network.model, analysis, picked.kept)
-        return seconds_here(submodel.cpu(), network.input_shape, network.input_dtype, threads, exporting)
-
-    return select_verified(target.budget, lambda budget: select(replace(target, budget=budget)), measure)
-
-
-def describe(
-    target: Target,
-    selection: "Selection",
-    settings: Json,
-    scored: "Scores | None",
-    analysis: "Analysis",
-    before: "Metrics | None",
-    after: "Metrics | None",
-    data: str | None,
-    unmodelled: Sequence[str],
-) -> Json:
-    """The report of one submodel."""
-    groups = analysis.groups
-    widths = groups.widths(selection.kept).tolist()
-    full = groups.widths(selection.kept | True).tolist()
-    report: Json = {
-        "profile": target.name,
-        "budget": {"met": True, "limits": selection.limits.by_name, "keep": target.budget.keep},
-        "binding": selection.binding,
-        "groups": {"kept": int(selection.kept.sum()), "of": groups.count},
-        "kept_groups": selection.kept.nonzero()[0].tolist(),
-        "selection": settings,
-        "widths": [
-            {"family": name, "kept": kept, "of": whole}
-            for name, kept, whole in zip(groups.names, widths, full, strict=True)
-        ],
-        "predicted": costs(selection.cost),
-        "full": costs(selection.full),
-        "not_modelled": list(unmodelled),
-    }
-    if scored is not None:
-        report["significance_removed"] = float(scored.significance[~selection.kept].sum())
-    if selection.prediction is not None:
-        report["divergence"] = asdict(selection.prediction)
-    if selection.gates is not None:
-        moved = selection.gates[selection.kept]
-        report["compensation"] = {"gates_moved": int((moved != 1).sum()), "least": moved.min(), "greatest": moved.max()}
-    if before is not None and after is not None:
-        report["evaluation"] = {
-            "data": data,
-            "samples": before.samples,
-            "before": figures(before),
-            "after": figures(after),
-        }
-    return report
-
-
-def costs(cost: "Cost") -> Json:
-    """Costs as numbers: seconds, bytes, counts."""
-    return {
-        "latency_seconds": None if cost.latency_seconds is None else float(cost.latency_seconds),
-        "memory_bytes": int(cost.memory_bytes),
-        "storage_bytes": int(cost.storage_bytes),
-        "macs": int(cost.macs),
-        "params": int(cost.params),
-    }
-
-
-def figures(metrics: "Metrics") -> Json:
-    return {"accuracy": metrics.accuracy, "loss": metrics.loss}
 
 
 def human(reports: Sequence[dict[str, Any]]) -> str:

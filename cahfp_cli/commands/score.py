@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cahfp_cli.commands import options
-from cahfp_cli.output import Console, Json, table
+from cahfp_cli.output import Console, table
 
 if TYPE_CHECKING:
-    from cahfp_cli.significance.trust import Trust
+    from cahfp_cli.significance.scores import TrustRecord
 
 
 def score(
@@ -123,9 +123,9 @@ def score(
     force: options.Force = False,
 ) -> None:
     """Measure, by the curvature of the loss, what each channel group of a network is worth."""
-    from cahfp_cli.checkpoint.atomic import atomic_file, check_file_target, check_no_input
-    from cahfp_cli.commands.networks import analysed, check_data, check_global, given, open_network
-    from cahfp_cli.errors import InputError, UsageError
+    from cahfp_cli.checkpoint.atomic import check_file_target, check_no_input
+    from cahfp_cli.commands.networks import check_global, open_network
+    from cahfp_cli.errors import UsageError
 
     console = Console(json, quiet)
     # Slips in what was typed are answered here, before torch is imported.
@@ -135,17 +135,14 @@ def score(
     if top is not None and draws is not None:
         raise UsageError("--top and --draws exclude each other: either classes or drawn labels.")
 
-    from dataclasses import asdict
-
     import numpy as np
 
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.provenance import portable, provenance
-    from cahfp_cli.running.device import pick_device, repeatable, use_threads
-    from cahfp_cli.significance.measure import Measuring, measure, split
+    from cahfp_cli.library.score import Scoring, save_scores
+    from cahfp_cli.library.score import score as measure
+    from cahfp_cli.running.device import use_threads
+    from cahfp_cli.significance.measure import Measuring
     from cahfp_cli.significance.registry import SHRINK, find_criterion
-    from cahfp_cli.significance.scores import Scores, ScoresMetadata, TrustRecord, write_scores
-    from cahfp_cli.significance.trust import trust
 
     chosen = find_criterion(criterion)
     looks = {"--top": top is not None, "--draws": draws is not None}
@@ -154,80 +151,36 @@ def score(
     if idle:
         console.warn(f"{' and '.join(idle)} without influence: {criterion} does not look at that")
     use_threads(threads)
-    where = pick_device(device)
     dataset = load_data(data, data_root=data_root) if chosen.needs != "weights" else None
     of_data = None if dataset is None else dataset.input_dtype
     network = open_network(
         checkpoint, model, model_arg, input_shape, input_dtype, classes, of_data, key, warn=console.warn
     )
-    calibration, others = None, None
-    if dataset is not None:
-        check_data(dataset, network)
-        calibration, others = split(dataset, samples, held_out, seed)
-        if len(calibration) < samples:
-            console.warn(f"{data} has only {len(calibration)} samples, fewer than --samples {samples}")
-    analysis = analysed(network, console, dataset)
-    if analysis.groups.count == 0:
-        raise InputError(f"{checkpoint}: no channel group of this network can be pruned.")
-    network.model.to(where)
-    with repeatable(seed, where), console.progress("scoring") as progress:
-        how = Measuring(batch_size, top, draws, interactions, seed, shrink)
-        found = measure(network.model, analysis.groups, chosen, calibration, how, progress)
-        judged = None
-        if found.gates is not None:
-            judged = trust(
-                network.model, analysis, found.significance, found.gates, others.x if others else None, batch_size
-            )
-    for warning in judged.warnings() if judged else ():
-        console.warn(warning)
-    recorded: Json = {"criterion": criterion, "seed": seed}
-    if calibration is not None:
-        recorded |= given({"data": portable(data), "samples": samples, "batch_size": batch_size})
-    if found.gates is not None:
-        recorded |= given({"held_out": held_out, "top": top, "draws": draws})
-        recorded |= {"shrink": shrink} if criterion == "gate-loss" else {}
-    metadata = ScoresMetadata(
-        checkpoint=network.digest,
-        input_dtype=network.input_dtype,
-        criterion=criterion,
-        samples=len(calibration) if calibration is not None else None,
-        loss=found.gates.loss if found.gates else None,
-        trust=TrustRecord.model_validate(asdict(judged)) if judged else None,
-        families=analysis.groups.names,
-        provenance=provenance("score", recorded, network.files),
-    )
-    scores = Scores(
-        metadata,
-        found.significance,
-        analysis.groups.family,
-        analysis.groups.sizes(name for name, _ in network.model.named_parameters()),
-        gradient=found.gates.gradient if found.gates else None,
-        gradient_error=found.gates.gradient_error if found.gates else None,
-        curvature=found.gates.curvature if found.gates else None,
-        interactions=found.gates.interactions if found.gates else None,
-    )
-    with atomic_file(output, force) as temporary:
-        write_scores(temporary, scores)
-    spread = np.percentile(found.significance, [0, 50, 100])
-    families = len(analysis.groups.names)
+    measuring = Measuring(batch_size, top, draws, interactions, seed, shrink)
+    how = Scoring(criterion, samples, held_out, measuring, device)
+    with console.progress("scoring") as progress:
+        scores = measure(network, dataset, how, on_progress=progress, on_warning=console.warn)
+    save_scores(scores, output, force=force)
+    about, spread = scores.metadata, np.percentile(scores.significance, [0, 50, 100])
     console.result(
-        f"{output}: {analysis.groups.count} channel groups in {families} families, {criterion} "
-        f"from {spread[0]:.3g} to {spread[2]:.3g} (median {spread[1]:.3g})" + (shown(judged) if judged else ""),
+        f"{output}: {len(scores.significance)} channel groups in {len(about.families)} families, {criterion} "
+        f"from {spread[0]:.3g} to {spread[2]:.3g} (median {spread[1]:.3g})"
+        + (shown(about.trust) if about.trust else ""),
         {
             "output": str(output),
             "checkpoint": network.digest,
             "criterion": criterion,
-            "groups": analysis.groups.count,
-            "families": families,
-            "samples": metadata.samples,
-            "loss": metadata.loss,
-            "trust": asdict(judged) if judged else None,
+            "groups": len(scores.significance),
+            "families": len(about.families),
+            "samples": about.samples,
+            "loss": about.loss,
+            "trust": about.trust.model_dump() if about.trust else None,
             "significance": {"min": spread[0], "median": spread[1], "max": spread[2]},
         },
     )
 
 
-def shown(judged: "Trust") -> str:
+def shown(judged: "TrustRecord") -> str:
     """How far the scores can be trusted, for people."""
     head = f"\nreliability {judged.reliability:.3f}, {judged.effective_samples:.0f} effective samples"
     if judged.accuracy is not None and judged.chance is not None:

@@ -12,9 +12,9 @@ from cahfp_cli.output import Console, Json
 
 if TYPE_CHECKING:
     from cahfp_cli.checkpoint.metadata import Provenance
-    from cahfp_cli.commands.networks import Network
     from cahfp_cli.data.dataset import Dataset
     from cahfp_cli.export.onnx_file import ExportOptions
+    from cahfp_cli.library.network import Network
     from cahfp_cli.running.evaluation import Metrics
     from cahfp_cli.training.curvature import Curvature
     from cahfp_cli.training.sgd import TrainReport
@@ -160,8 +160,10 @@ def train(
 ) -> None:
     """Train a network from scratch, fine-tune a checkpoint, or train a submodel on a device's own data."""
     from cahfp_cli.checkpoint.atomic import check_file_target, check_folder_target
-    from cahfp_cli.commands.networks import check_data, check_there, given, is_submodel_folder
+    from cahfp_cli.commands.networks import check_there
     from cahfp_cli.data.spec import load_data
+    from cahfp_cli.formats.files import is_submodel_folder
+    from cahfp_cli.provenance import given
     from cahfp_cli.pruning.ownership import foreign_in_submodel
 
     console = Console(json, quiet)
@@ -177,6 +179,7 @@ def train(
     dataset = load_data(data, data_root=data_root)
     tests = load_data(test_data, data_root=data_root, default_split="test") if test_data else None
 
+    from cahfp_cli.library.network import check_data, save_network
     from cahfp_cli.models.tensors import check_can_be_saved
     from cahfp_cli.provenance import portable, provenance
     from cahfp_cli.running.device import pick_device, use_threads
@@ -255,7 +258,7 @@ def train(
     origin = provenance("train", {**options_given, "seed": seed}, network.files)
     result = describe(dataset, test_data, report, metrics, measured)
     if network.submodel is None:
-        write_checkpoint(output, network, len(dataset), origin, force)
+        save_network(network, output, origin, len(dataset), force)
     else:
         result = write_trained_submodel(output, network, len(dataset), origin, force, exporting, result, measured)
     lines = [f"{output}: {len(dataset)} samples, final training loss {result['training']['loss']:.4f}"]
@@ -278,7 +281,8 @@ def start(
 ) -> "Network":
     """The network to train: the given one, or a new one that fits the data."""
     from cahfp_cli.checkpoint.metadata import ModelSpec
-    from cahfp_cli.commands.networks import Network, open_network, parse_dtype, parse_shape
+    from cahfp_cli.commands.networks import open_network, parse_dtype, parse_shape
+    from cahfp_cli.library.network import Network
     from cahfp_cli.models.checkpoint_io import unsaved_remarks
     from cahfp_cli.models.spec import build, parse_model_args
 
@@ -347,22 +351,6 @@ def describe(
             "samples": metrics.samples,
         }
     return result
-
-
-def write_checkpoint(output: Path, network: "Network", examples: int, origin: "Provenance", force: bool) -> None:
-    from cahfp_cli.checkpoint.metadata import CheckpointMetadata
-    from cahfp_cli.commands.networks import recorded
-    from cahfp_cli.models.checkpoint_io import save_checkpoint
-
-    metadata = CheckpointMetadata(
-        model=recorded(network.spec),
-        input_shape=network.input_shape,
-        input_dtype=network.input_dtype,
-        classes=network.classes,
-        num_examples=examples,
-        provenance=origin,
-    )
-    save_checkpoint(output, network.model, metadata, force)
 
 
 def write_trained_submodel(

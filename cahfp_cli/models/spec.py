@@ -47,6 +47,11 @@ def resolve_spec(given: str | None, args: Mapping[str, Scalar], recorded: ModelS
         raise UsageError("--model-arg needs --model: the arguments of a recorded model are recorded with it.")
     if recorded is None:
         raise UsageError(f"{path} records no model: pass --model SPEC and --input-shape CxHxW.")
+    if recorded.spec.startswith("<"):
+        raise UsageError(
+            f"{path} was made from a live module, {recorded.spec[1:-1]}: name the factory that builds it by --model "
+            "FILE.py:FACTORY, or give the module itself to the library's load_submodel or load."
+        )
     if is_code(recorded.spec):
         raise UsageError(
             f"{path} asks to run the code {recorded.spec!r}, which a file may not decide.\n"
@@ -54,6 +59,11 @@ def resolve_spec(given: str | None, args: Mapping[str, Scalar], recorded: ModelS
             + (f", with {model_arg_options(recorded.args)}." if recorded.args else ".")
         )
     return recorded
+
+
+def live(module: type) -> ModelSpec:
+    """What is recorded of a module that nobody has said how to build: its class, in brackets, which no spec has."""
+    return ModelSpec(spec=f"<{module.__qualname__}>")
 
 
 def same_model(given: str, recorded: str) -> bool:

@@ -202,11 +202,12 @@ def quantised_report(name: str, folder: Path, wanted: Quantisation) -> dict[str,
     return {**entry, "layout": asdict(wanted.layout)} if wanted.dtype == "int8" else entry
 
 
-def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
+def load_submodel(folder: Path, model: str | nn.Module | None = None) -> LoadedSubmodel:
     """Build the compact network of a folder: its spec's network, cut by its index map, with its tensors.
 
     Args:
-        model: the spec, where the folder's own names code to run (see models/spec.py).
+        model: the spec, where the folder's own names code to run (see models/spec.py), or the full network itself, of
+            which a copy is cut.
     Raises:
         UsageError: the spec names code and `model` is not given.
         InputError: files are missing or damaged, or do not belong together.
@@ -222,14 +223,10 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
         raise InputError(
             f"{folder}: {TENSORS} and {INDEX_MAP} belong to different checkpoints; run `cahfp prune` again."
         )
-    spec = resolve_spec(model, {} if model is None else metadata.model.args, metadata.model, folder / TENSORS)
-    # The spec, its arguments and the map come from files: nothing is allocated for them before they fit each other, and
-    # then for the parameters that the device keeps.
-    bare = outline(spec, metadata.input_shape, metadata.classes)
-    if bare is not None:
-        check_map_fits(folder / INDEX_MAP, index_map, bare)
-        check_unsaved(folder / INDEX_MAP, index_map, bare)
-    network = adapt(skeleton(spec, metadata.input_shape, metadata.classes))
+    if isinstance(model, nn.Module):
+        network = adapt(clone(model).cpu())
+    else:
+        network = adapt(named_network(folder, metadata, index_map, model))
     check_map_fits(folder / INDEX_MAP, index_map, network)
     own = tensors_of(network)
     entries: dict[str, TensorMap | BufferMap] = {**index_map.tensors, **index_map.buffers}
@@ -242,6 +239,20 @@ def load_submodel(folder: Path, model: str | None = None) -> LoadedSubmodel:
     subject = Subject(network, metadata.input_shape, dtype, False, torch.get_default_dtype())
     install_checked(folder / INDEX_MAP, compact, subject, index_map.rewrites)
     return LoadedSubmodel(compact.eval(), tensors, metadata, index_map, folder)
+
+
+def named_network(folder: Path, metadata: SubmodelMetadata, index_map: IndexMap, model: str | None) -> nn.Module:
+    """The full network that a folder or `model` names, without the memory of its parameters.
+
+    The spec, its arguments and the map come from files: nothing is allocated for them before they fit each other, and
+    then for the parameters that the device keeps.
+    """
+    spec = resolve_spec(model, {} if model is None else metadata.model.args, metadata.model, folder / TENSORS)
+    bare = outline(spec, metadata.input_shape, metadata.classes)
+    if bare is not None:
+        check_map_fits(folder / INDEX_MAP, index_map, bare)
+        check_unsaved(folder / INDEX_MAP, index_map, bare)
+    return skeleton(spec, metadata.input_shape, metadata.classes)
 
 
 def install_checked(path: Path, compact: nn.Module, subject: Subject, rewrites: tuple[Rewrite, ...]) -> None:

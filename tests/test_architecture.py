@@ -77,8 +77,10 @@ def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
-    for name, _ in imports(path):
+    for name, eager in imports(path):
         target = own(name)
+        if part(path) == "__init__" and not eager:
+            continue  # the names that the package offers come when they are used
         if target is not None and target != part(path):
             assert RANK[target] < RANK[part(path)], f"{part(path)} imports {name}"
 

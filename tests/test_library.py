@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 import cahfp_cli as cahfp
-from tests.conftest import Fleet, environment, run_here
+from tests.support.commands import environment, run_here
+from tests.support.fleet import Fleet
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "api.md"
 EXAMPLE = re.compile(r"```python( file=(?P<file>\S+))?\n(?P<code>.*?)```", re.DOTALL)

@@ -1,4 +1,4 @@
-"""One small fleet made with the installed `cahfp` command that all tests share.
+"""What all tests share: how properties draw examples, and one small fleet made with the installed `cahfp` command.
 
 The fleet is made once: a checkpoint trained on `digits`, its scores, a submodel for each of three unlike devices. Under
 pytest-xdist the first worker that needs it makes it, the others wait for a file lock.
@@ -7,6 +7,7 @@ pytest-xdist the first worker that needs it makes it, the others wait for a file
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import settings
 
 from tests.support.commands import Done, run_well
 from tests.support.fleet import (
@@ -23,6 +24,10 @@ from tests.support.fleet import (
     made_once,
     write_share,
 )
+
+# The same examples in every run: a property that fails in CI fails everywhere. A busy machine is no failure.
+settings.register_profile("everyday", derandomize=True, database=None, deadline=None)
+settings.load_profile("everyday")
 
 
 @pytest.fixture(scope="session")

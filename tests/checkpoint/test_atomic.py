@@ -13,6 +13,8 @@ from cahfp_cli.checkpoint import atomic
 from cahfp_cli.checkpoint.atomic import atomic_directory, atomic_file, refuse_overwrite
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

@@ -16,6 +16,8 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import save_arrays
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 PROVENANCE = Provenance(tool="cahfp 0", command="test", options={"b": 1, "a": [1.5, None]})
 RECORD = CheckpointMetadata(
     model=ModelSpec(spec="vgg11", args={"width": 8, "bias": True}),

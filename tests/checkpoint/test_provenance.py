@@ -8,6 +8,8 @@ from cahfp_cli import __version__
 from cahfp_cli.errors import InputError
 from cahfp_cli.provenance import provenance
 
+pytestmark = pytest.mark.quick
+
 
 def test_inputs_go_by_last_name_and_digest_in_an_order_of_their_own(tmp_path):
     (tmp_path / "deep" / "sub").mkdir(parents=True)

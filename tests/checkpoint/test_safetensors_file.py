@@ -22,6 +22,8 @@ from cahfp_cli.checkpoint.safetensors_file import open_safetensors
 from cahfp_cli.checkpoint.writer import TensorSpec, save_arrays, write_safetensors
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 ARRAYS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
     "a": np.array([True, False, True]),

@@ -11,6 +11,8 @@ from cahfp_cli.coupling.copying import copy_with
 from cahfp_cli.coupling.slicing import slice_module
 from cahfp_cli.significance.statistics import gate_statistics
 
+pytestmark = pytest.mark.quick
+
 
 def attention(seed: int, **options: object) -> nn.MultiheadAttention:
     torch.manual_seed(seed)

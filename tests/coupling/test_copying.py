@@ -15,6 +15,8 @@ from cahfp_cli.coupling.copying import copy_with
 from cahfp_cli.coupling.slicing import clone, slice_module
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 class Writer(nn.Module):
     """Puts what it saw into a container that another module reads."""

@@ -12,6 +12,8 @@ from cahfp_cli.coupling.trace import TracerError
 from cahfp_cli.device.workload import make_workload
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def whole(groups, name):
     """Whether no axis of a tensor can lose anything."""

@@ -18,6 +18,8 @@ from cahfp_cli.data.idx import read_idx
 from cahfp_cli.data.spec import load_data
 from cahfp_cli.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 IMAGES = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(3, 2, 4)
 
 

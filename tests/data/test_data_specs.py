@@ -13,6 +13,8 @@ from cahfp_cli.data.dataset import Dataset, check_fits
 from cahfp_cli.data.spec import DataSpec, load_data, parse_spec
 from cahfp_cli.errors import InputError, UsageError
 
+pytestmark = pytest.mark.quick
+
 OPEN = st.none() | st.integers(0, 10**9)
 
 

@@ -14,6 +14,8 @@ from cahfp_cli.device.cost import CostModel, compile_workload
 from cahfp_cli.device.derived import derived
 from cahfp_cli.device.workload import make_workload
 
+pytestmark = pytest.mark.quick
+
 PI = load_profile("raspberry-pi-4")
 
 

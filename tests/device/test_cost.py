@@ -19,6 +19,8 @@ from cahfp_cli.device.profile import DeviceProfile
 from cahfp_cli.device.sizes import Axis, Size
 from tests.support.networks import examples
 
+pytestmark = pytest.mark.quick
+
 IMAGE, POOLED, CLASSES = 12, 6, 10
 
 

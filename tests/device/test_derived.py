@@ -7,6 +7,8 @@ import pytest
 from cahfp_cli.device.catalogue import load_profile
 from cahfp_cli.device.derived import derived
 
+pytestmark = pytest.mark.quick
+
 COST = SimpleNamespace(latency_seconds=0.01, memory_bytes=3e6, storage_bytes=2.5e6)
 
 

@@ -13,6 +13,8 @@ from cahfp_cli.device.profile import DeviceProfile, Figure, read_profile
 from cahfp_cli.device.quantities import Count, Share
 from cahfp_cli.errors import InputError, UsageError
 
+pytestmark = pytest.mark.quick
+
 TEN = {
     "jetson-nano",
     "jetson-orin-nano",

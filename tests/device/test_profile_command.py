@@ -9,6 +9,8 @@ from cahfp_cli.commands.profile import app
 from cahfp_cli.device.catalogue import load_profile, profile_names
 from cahfp_cli.errors import UsageError
 
+pytestmark = pytest.mark.quick
+
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))

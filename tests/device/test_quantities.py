@@ -18,6 +18,8 @@ from cahfp_cli.device.quantities import (
 )
 from cahfp_cli.errors import UsageError
 
+pytestmark = pytest.mark.quick
+
 NO_PERCENTAGES = ("0%", "101%", "100.0001%", "5 0%", "nan%", "inf%", "%", "-50%", "50%%", "50%M", "50M%", "1e30%")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cahfp_cli.commands import profile
-from tests.conftest import Done, run, run_here
+from tests.support.commands import Done, run, run_here
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (INFO   |WARNING|ERROR  ) (.*)")
 

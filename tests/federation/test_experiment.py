@@ -8,6 +8,8 @@ from cahfp_cli.errors import InputError
 from cahfp_cli.federation.experiment import read_experiment
 from tests.support.experiments import TOML, experiment, write_toml
 
+pytestmark = pytest.mark.quick
+
 
 def test_with_masks_that_clients_choose_all_go_by_their_own_scores() -> None:
     with pytest.raises(ValueError, match="leave out cahfp-own"):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from cahfp_cli.errors import InputError
 from cahfp_cli.federation.partition import LEAST_SAMPLES, Partition, parse_partition, split_clients
 
+pytestmark = pytest.mark.quick
+
 KINDS = st.sampled_from(["iid", "dirichlet(0.3)", "dirichlet(5)", "classes(2)", "classes(3)"])
 
 

@@ -24,15 +24,12 @@ IMAGE = (2, SIDE, SIDE)
 
 
 def examples(count: int) -> settings:
-    """The same examples in every run: a test that fails in CI fails everywhere. Shrinking would take minutes."""
+    """So many, of networks: shrinking one would take minutes."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(
         phases=[Phase.explicit, Phase.generate],
         max_examples=count,
-        deadline=None,
-        derandomize=True,
         suppress_health_check=slow,
-        database=None,
     )
 
 

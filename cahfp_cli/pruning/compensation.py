@@ -4,6 +4,7 @@ A gate that is not 1 is folded into its consumers: the weight's slice along the 
 W (z a) = (W z) a. The submodel's index map records the factors, so that reconstruction can take them out again.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -160,6 +161,11 @@ def conjugate_gradients(
     product: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, steps: int
 ) -> torch.Tensor:
     """Solve product(x) = right for a positive definite operator, to 1e-5 of `right` or in at most so many steps."""
+    largest = float(right.abs().max())
+    if largest == 0:
+        return torch.zeros_like(right)
+    scale = 2.0 ** math.frexp(largest)[1]  # a power of two changes no bit; squares of very small numbers would be zero
+    right = right / scale
     x, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
     square = first = float(right @ right)
     for _ in range(steps):
@@ -172,7 +178,7 @@ def conjugate_gradients(
         renewed = float(residual @ residual)
         direction = residual + (renewed / square) * direction
         square = renewed
-    return x
+    return x * scale
 
 
 def compensated(

@@ -20,6 +20,7 @@ from cahfp_cli.pruning.compensation import (
     STEPS,
     FoldedWeights,
     compensated,
+    conjugate_gradients,
     factors_of_tensors,
     foldable,
     gauss_newton,
@@ -320,6 +321,16 @@ def test_nothing_moves_where_nothing_may_or_the_reference_is_reached():
     net = Softmax()
     step = gauss_newton(net.linearised(), np.ones(7, bool))
     np.testing.assert_allclose(step, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30, 1.0, 1e30])
+def test_a_right_hand_side_of_any_size_has_a_solution(size):
+    """A network that hardly moves has gradients whose squares are zero in single precision."""
+    matrix = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 1.0]])
+    right = size * torch.tensor([1.0, -2.0, 3.0])
+    found = conjugate_gradients(lambda vector: matrix @ vector, right, 10)
+    expected = np.linalg.solve(matrix.double().numpy(), right.double().numpy())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=2e-45)
 
 
 @pytest.mark.parametrize("name", ["residual stream", "attention heads behind norms"])

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from cahfp_cli.library.evaluate import evaluate
     from cahfp_cli.library.merge import Merging, reconstruct
     from cahfp_cli.library.network import Network, load, save
-    from cahfp_cli.library.prune import Pruning, prune
+    from cahfp_cli.library.prune import prune
+    from cahfp_cli.library.pruning_job import Pruning
     from cahfp_cli.library.score import Scoring, save_scores, score
     from cahfp_cli.library.submodel import Submodel, export_onnx, load_submodel, save_submodel
     from cahfp_cli.pruning.budget import Budget
@@ -73,7 +74,8 @@ HOMES = {
     "library.evaluate": ("evaluate",),
     "library.merge": ("Merging", "reconstruct"),
     "library.network": ("Network", "load", "save"),
-    "library.prune": ("Pruning", "prune"),
+    "library.prune": ("prune",),
+    "library.pruning_job": ("Pruning",),
     "library.score": ("Scoring", "save_scores", "score"),
     "library.submodel": ("Submodel", "export_onnx", "load_submodel", "save_submodel"),
     "pruning.budget": ("Budget",),

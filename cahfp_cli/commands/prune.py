@@ -291,7 +291,8 @@ def prune(
         console.warn(warning)
 
     from cahfp_cli.data.spec import load_data
-    from cahfp_cli.library.prune import Demand, Pruning, before, choose, choose_verified, cut_out, prepare
+    from cahfp_cli.library.prune import before, choose, choose_verified, cut_out
+    from cahfp_cli.library.pruning_job import Demand, Pruning, prepare
     from cahfp_cli.library.submodel import save_submodel
     from cahfp_cli.provenance import given
     from cahfp_cli.running.device import use_threads

@@ -46,7 +46,8 @@ class Done:
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """One thread, and nothing of the caller's that changes what a command says."""
     callers = ("CAHFP_", "PYTHON", "COV_", "PYTEST_CURRENT_TEST")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(callers)}
+    imports = ("KMP_", "TORCHINDUCTOR_")  # what scikit-learn and torch set where they are imported
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(callers + imports)}
     return {**kept, "OMP_NUM_THREADS": "1", **(extra or {})}
 
 

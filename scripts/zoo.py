@@ -327,7 +327,7 @@ def work(named: tuple[str, str], folder: Path, onnx: bool) -> None:
         log.write(json.dumps({"stage": "end", "peak_mb": peak // 1024}) + "\n")
 
 
-def gathered(library: str, name: str, folder: Path, ending: str) -> Record:
+def gathered(library: str, name: str, folder: Path, ending: str, onnx: bool) -> Record:
     """One network's record from the lines that its process left; `ending` says why there may be too few."""
     stages: dict[str, Record] = {}
     lines = (folder / "stages.jsonl").read_text().splitlines() if (folder / "stages.jsonl").exists() else []
@@ -340,10 +340,11 @@ def gathered(library: str, name: str, folder: Path, ending: str) -> Record:
     setup, end = stages.pop("setup", {"ok": False, "why": ending}), stages.pop("end", {})
     prune = stages.get("prune", {})
     parity, refusal = prune.pop("parity", None), prune.pop("refusal", "")
-    if prune.get("ok"):
+    if prune.get("ok") and onnx:
         stages["onnx"] = {"ok": parity is not None, "parity": parity, **({"why": refusal} if refusal else {})}
     cpu = round(sum(entry.get("cpu", 0.0) for entry in (setup, *stages.values())), 1)
-    return {"library": library, "name": name, "cpu": cpu, **end, "setup": setup, "stages": stages}
+    left_out = [] if onnx else ["onnx"]
+    return {"library": library, "name": name, "cpu": cpu, **end, "setup": setup, "stages": stages, "left_out": left_out}
 
 
 def preload(libraries: list[str]) -> None:
@@ -376,7 +377,7 @@ def read_results(path: Path) -> list[Record]:
     latest: dict[tuple[str, str], Record] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         record = json.loads(line)
-        latest[record["library"], record["name"]] = record
+        latest[record["library"], record["name"]] = {"left_out": [], **record}
     order = {library: number for number, library in enumerate(LIBRARIES)}
     return sorted(latest.values(), key=lambda r: (order[r["library"]], r["name"]))
 
@@ -399,7 +400,9 @@ def row(record: Record) -> list[str]:
         f"{coupling['masked']:.0e}" if "masked" in coupling else "no",
     ]
     cells += [
-        (f"{parity:.0e}" if stage == "onnx" and parity else "yes") if took(record, stage) else "no"
+        (f"{parity:.0e}" if stage == "onnx" and parity else "yes")
+        if took(record, stage)
+        else ("-" if stage in record["left_out"] else "no")
         for stage in STAGES[1:]
     ]
     pinned = coupling.get("pinned", "")
@@ -409,11 +412,14 @@ def row(record: Record) -> list[str]:
 def markdown(results: list[Record]) -> str:
     columns = ["network", "input", "numbers", "share", *STAGES, "CPU s", "refused, or the largest part kept whole"]
     lines = [columns, ["---"] * len(columns), *map(row, results)]
-    counts = [["", "networks", *STAGES], ["---"] * (len(STAGES) + 2)]
+    counts = [["", *STAGES], ["---"] * (len(STAGES) + 1)]
     for library in LIBRARIES:
         own = [r for r in results if r["library"] == library]
         if own:
-            counts.append([library, str(len(own)), *(str(sum(took(r, s) for r in own)) for s in STAGES)])
+            tried = {
+                stage: [took(record, stage) for record in own if stage not in record["left_out"]] for stage in STAGES
+            }
+            counts.append([library, *(f"{sum(found)} of {len(found)}" for found in tried.values())])
     commits = sorted({record["commit"] for record in results})
 
     def table(rows: list[list[str]]) -> str:
@@ -424,7 +430,7 @@ def markdown(results: list[Record]) -> str:
         " kinds of\ntransformers from configurations, with random weights. Made by `scripts/zoo.py`, which says what"
         f" each column\nchecks, on commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.\n\n{table(counts)}\n\n"
         "`share`: of the parameters that can be pruned. `coupling`: the largest difference to the full network with the"
-        "\nremoved entries zero, relative. `onnx`: the parity of the file.\n\n"
+        "\nremoved entries zero, relative. `onnx`: the parity of the file; -: not\nwritten in that run.\n\n"
         f"{table(lines)}\n"
     )
 
@@ -434,7 +440,8 @@ def summary(results: list[Record]) -> Record:
     found: Record = {}
     for library in dict.fromkeys(record["library"] for record in results):
         own = [record for record in results if record["library"] == library]
-        shares = {stage: round(sum(took(record, stage) for record in own) / len(own), 4) for stage in STAGES}
+        tried = {stage: [took(record, stage) for record in own if stage not in record["left_out"]] for stage in STAGES}
+        shares = {stage: round(sum(found) / len(found), 4) for stage, found in tried.items() if found}
         found[library] = {
             "networks": len(own),
             **shares,
@@ -476,7 +483,7 @@ def main() -> None:
     preload(sorted({library for library, _ in jobs}))
     limits = Limits(options.limit, options.memory, options.jobs, options.folder)
     for (library, name), folder, ending in each(jobs, partial(work, onnx=options.onnx), limits):
-        record = {**gathered(library, name, folder, ending), "commit": tried}
+        record = {**gathered(library, name, folder, ending, options.onnx), "commit": tried}
         with options.output.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(" | ".join(row(record)), flush=True)

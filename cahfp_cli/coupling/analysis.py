@@ -15,6 +15,7 @@ from torch import nn
 
 from cahfp_cli.coupling import rules
 from cahfp_cli.coupling.atoms import Atoms, Labels, varies
+from cahfp_cli.coupling.calls import CallRecord
 from cahfp_cli.coupling.comparison import Behaviour, device_of, drawn_samples, examine
 from cahfp_cli.coupling.copying import tensors_of
 from cahfp_cli.coupling.groups import ChannelGroups, solve
@@ -26,7 +27,7 @@ from cahfp_cli.coupling.slicing import clone, slice_module, to_meta
 from cahfp_cli.coupling.trace import Trace, TracerError, labels_of_parameters, run
 from cahfp_cli.coupling.verification import Mismatch, Plan, verify
 from cahfp_cli.errors import InputError, VerificationError, first_line
-from cahfp_cli.formats.rewrites import Rewrite
+from cahfp_cli.formats.rewrites import Number, Rewrite
 
 assert rules.__all__  # importing the package fills the registry
 
@@ -164,6 +165,11 @@ def attempt(subject: Subject, choices: dict[tuple[int, ...], int]) -> Analysis |
         if revise_choice_at(couplings, traces, proof.mismatch):
             return None
         before = groups.count
+        if proof.mismatch.alike is not None:
+            tie_alike(couplings, traces, proof.mismatch.alike)
+            groups, group_of_atom = solve(couplings.atoms, tensors, buffers, consumptions)
+            if groups.count < before:
+                continue
         for _ in pins(couplings, traces, proof.mismatch):
             groups, group_of_atom = solve(couplings.atoms, tensors, buffers, consumptions)
             if groups.count < before:
@@ -281,6 +287,21 @@ def probe(groups: ChannelGroups, narrowest: Labels, spread: float, rng: np.rando
     kept = np.zeros(groups.count, dtype=bool)
     kept[order[place < np.repeat(widths, full)]] = True
     return kept
+
+
+def tie_alike(couplings: Couplings, traces: Sequence[Trace], record: CallRecord) -> None:
+    """Make whatever the same code says the same number of as wide in one call as in the others: a rewrite goes by the
+    place in the code, so that a loop over heads has one width for all of them."""
+    for trace in traces:
+        first: dict[tuple[str | None, tuple[Number, ...]], CallRecord] = {}
+        for one in trace.calls:
+            if (one.call.function, one.call.place) != (record.call.function, record.call.place):
+                continue
+            known = first.setdefault((one.module, one.numbers), one)
+            for left, right in zip(known.results, one.results, strict=False):
+                for a, b in zip(trace.values[left].axes, trace.values[right].axes, strict=False):
+                    if a is not b and len(a) == len(b) and varies(a) and varies(b):
+                        couplings.atoms.tie(a, b)
 
 
 def pins(couplings: Couplings, traces: Sequence[Trace], mismatch: Mismatch) -> Iterator[None]:

@@ -47,12 +47,14 @@ LARGER_BATCH = 3
 @dataclass(frozen=True)
 class Mismatch:
     """Where a sliced model departed from the prediction: operator number `position` of trace number `trace`; `raised`
-    if the model's code stopped before it or in it."""
+    if the model's code stopped before it or in it. `alike`: a call that needs another width than an earlier one at its
+    place, as in a loop over heads, if that is all."""
 
     trace: int
     position: int
     problem: str
     raised: bool = False
+    alike: CallRecord | None = None
 
 
 class Plan:
@@ -137,7 +139,8 @@ def verify(subject: Subject, plans: Sequence[Plan], groups: ChannelGroups, kept:
             return Verified(mismatch, ())
         found = rewrites_of([*said, *follower.said])
         if isinstance(found, Contradiction):
-            return Verified(Mismatch(number, position_of(plan.trace, found.record), found.problem), ())
+            position = position_of(plan.trace, found.record)
+            return Verified(Mismatch(number, position, found.problem, alike=found.record), ())
         said += follower.said
     rewrites = rewrites_of(said)
     assert not isinstance(rewrites, Contradiction)

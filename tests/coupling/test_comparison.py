@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from cahfp_cli.coupling.analysis import analyse, cut
 from cahfp_cli.coupling.comparison import in_double
-from cahfp_cli.coupling.groups import KEPT
 from cahfp_cli.coupling.masking import check_submodel, masked
 from cahfp_cli.errors import InputError, VerificationError
 from cahfp_cli.models.undisturbed import undisturbed
@@ -226,11 +225,20 @@ class TwoWidths(nn.Module):
         return sum(head(torch.relu(layer(x)).view(-1, 8)) for layer, head in zip(self.layers, self.heads, strict=True))
 
 
-def test_one_place_that_needs_two_widths_is_pinned():
+def test_one_place_has_one_width_for_all_of_its_calls():
     model = TwoWidths().eval()
-    groups = analyse(model, (4,)).groups
-    assert (groups.labels["layers.0.weight"][0] == KEPT).all()
-    check_submodel(model, analyse(model, (4,)), np.ones(groups.count, dtype=bool), copy.deepcopy(model))
+    analysis = analyse(model, (4,))
+    groups = analysis.groups
+    rows = groups.labels["layers.0.weight"][0]
+    assert groups.count == 8 and sorted(rows) == list(range(8))
+    assert (rows == groups.labels["layers.1.weight"][0]).all() and (rows == groups.labels["heads.1.weight"][1]).all()
+    check_submodel(model, analysis, np.ones(groups.count, dtype=bool), copy.deepcopy(model))
+    kept = np.isin(np.arange(8), [0, 3, 4])
+    compact, rewrites = cut(model, analysis, kept)
+    assert {(one.old, one.new) for one in rewrites if one.old == 8} == {(8, 3)}
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(x), masked(model, groups, kept)(x))
 
 
 # And of conditions: what is proved runs as what was traced, whatever the caller does.

@@ -284,66 +284,6 @@ class ExtraState(nn.Module):
         return self.head(torch.relu(self.enter(x)))
 
 
-@odd(VECTOR)
-class ReadsItsVersion(nn.Module):
-    """As torchvision's MNASNet: a state without the version that its own has is refused."""
-
-    _version = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.norm, self.head = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, CLASSES)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        if metadata.get("version") != 2:
-            raise ValueError(f"of version {metadata.get('version')}")
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.norm(self.enter(x))))
-
-
-@odd(TOKENS, refused="without samples: it takes none that have no end")
-class ReadsTheEnd(nn.Module):
-    """What it knows of a sentence it takes from where that ends, which all must; heads as T5 splits them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.q, self.v = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 24), nn.Linear(16, 24)
-        self.join, self.head = nn.Linear(24, 16), nn.Linear(16, CLASSES)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        ends = tokens.eq(END)
-        if not bool(ends.any(1).all()):
-            raise ValueError("a sentence without end")
-        h = self.enter(tokens)
-        q, v = (part(h).view(len(h), -1, 4, 6).transpose(1, 2) for part in (self.q, self.v))
-        mixed = F.scaled_dot_product_attention(q, q, v).transpose(1, 2).reshape(len(h), -1, 24)
-        h = h + self.join(mixed)
-        return self.head(torch.stack([row[end][-1] for row, end in zip(h, ends, strict=True)]))
-
-
-@odd(SEQUENCE)
-class KeepsPositions(nn.Module):
-    """As timm's ConViT: distances for the length that it last saw, made when that changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.value, self.head = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, CLASSES)
-        self.place = nn.Linear(2, 1)
-        self.register_buffer("distances", torch.zeros(1, 1, 2), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        length = x.shape[1]
-        if self.distances.shape[1] != length:
-            made = torch.zeros(length, length, 2)
-            made[:, :, 0] = torch.arange(length).float() - torch.arange(length).float()[:, None]
-            made[:, :, 1] = made[:, :, 0] ** 2
-            self.distances = made.to(self.place.weight.dtype)
-        h = torch.relu(self.enter(x))
-        return self.head((self.place(self.distances)[..., 0].softmax(-1) @ self.value(h)).mean(1))
-
-
 # --- which parts run ------------------------------------------------------------------------------------------------
 
 
@@ -1173,3 +1113,84 @@ class CopiesItself(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.relu(self.enter(x)) + torch.relu(self.slow(x)))
+
+
+# --- as libraries write them ------------------------------------------------------------------------------------------
+
+
+@odd(VECTOR)
+class ReadsItsVersion(nn.Module):
+    """As torchvision's MNASNet: a state without the version that its own has is refused."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.head = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, CLASSES)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"of version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.enter(x))))
+
+
+@odd(TOKENS, refused="without samples: it takes none that have no end")
+class ReadsTheEnd(nn.Module):
+    """What it knows of a sentence it takes from where that ends, which all must; heads as T5 splits them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.q, self.v = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 24), nn.Linear(16, 24)
+        self.join, self.head = nn.Linear(24, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        ends = tokens.eq(END)
+        if not bool(ends.any(1).all()):
+            raise ValueError("a sentence without end")
+        h = self.enter(tokens)
+        q, v = (part(h).view(len(h), -1, 4, 6).transpose(1, 2) for part in (self.q, self.v))
+        mixed = F.scaled_dot_product_attention(q, q, v).transpose(1, 2).reshape(len(h), -1, 24)
+        h = h + self.join(mixed)
+        return self.head(torch.stack([row[end][-1] for row, end in zip(h, ends, strict=True)]))
+
+
+@odd(SEQUENCE)
+class KeepsPositions(nn.Module):
+    """As timm's ConViT: distances for the length that it last saw, made when that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.value, self.head = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, CLASSES)
+        self.place = nn.Linear(2, 1)
+        self.register_buffer("distances", torch.zeros(1, 1, 2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        if self.distances.shape[1] != length:
+            made = torch.zeros(length, length, 2)
+            made[:, :, 0] = torch.arange(length).float() - torch.arange(length).float()[:, None]
+            made[:, :, 1] = made[:, :, 0] ** 2
+            self.distances = made.to(self.place.weight.dtype)
+        h = torch.relu(self.enter(x))
+        return self.head((self.place(self.distances)[..., 0].softmax(-1) @ self.value(h)).mean(1))
+
+
+@odd(SEQUENCE)
+class LoopOverHeads(nn.Module):
+    """As timm's EfficientViT: each head has layers of its own, and one line splits what they give into fixed widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(8, 24), nn.Linear(24, CLASSES)
+        self.parts = nn.ModuleList(nn.Linear(8, 4 + 4 + 8) for _ in range(3))
+        self.join = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = []
+        for part, h in zip(self.parts, torch.relu(self.enter(x)).chunk(3, dim=-1), strict=True):
+            q, k, v = part(h).split([4, 4, 8], dim=-1)
+            mixed.append((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+        return self.head(torch.relu(self.join(torch.cat(mixed, -1))).mean(1))

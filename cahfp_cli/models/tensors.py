@@ -164,6 +164,11 @@ def same_numbers(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, also where torch runs deterministically, which then knows no memory for packed types."""
+    return tensor.view(torch.uint8).clone().view(PAIRS) if tensor.dtype == PAIRS else tensor.clone()
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Without the `torch.` before it."""
     return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cahfp_cli.models.tensors import same_numbers
+from cahfp_cli.models.tensors import copied, same_numbers
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     values = (value for _, own in attributes for value in own.values())
     held = [(value, copy.copy(value)) for value in values if isinstance(value, dict | list | set | deque)]
     dense = (buffer for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta)
-    buffers = [(buffer, buffer.clone()) for buffer in dense]
+    buffers = [(buffer, copied(buffer)) for buffer in dense]
     try:
         yield
     finally:

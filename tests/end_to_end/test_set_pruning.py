@@ -268,8 +268,8 @@ def refused(done: Done, code: int, *parts: str) -> None:
         (["--selection", "linear"], ["--selection linear", "--calibration SPEC"]),
         (["--recalibrate"], ["--recalibrate needs --calibration SPEC"]),
         (["--reference", "labels"], ["--reference labels needs --calibration SPEC"]),
-        (["--reference", "teacher"], ["--reference teacher", "network or labels"]),
-        (["--selection", "best"], ["--selection best", "linear, quadratic or independent"]),
+        (["--reference", "teacher"], ["--reference 'teacher'", "network or labels"]),
+        (["--selection", "best"], ["--selection 'best'", "linear, quadratic, independent"]),
     ],
 )
 def test_options_that_lack_what_they_need_are_slips_of_usage(
